@@ -1,0 +1,249 @@
+"""What a method is to the engine: a frozen configuration, and one object per sampling run.
+
+A configuration is plain data that the model carries. When sampling begins the engine asks it to
+`begin`, and the object it gets back takes part at the points it overrides, counts what it did, and
+is dropped when the run ends, however it ends. Nothing here knows the host: modules, tensors and
+callables are handed in.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+Phase = Literal["load", "weights", "compile", "evaluate"]
+State = Literal["active", "inert"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a method may know of the model it is put on.
+
+    Attributes:
+        name: what the user would call it, such as ``SDXL`` or ``Flux``.
+        family: ``SD1``, ``SD2``, ``SDXL``, ``SDXL refiner``, or None for anything else.
+        channels: ``model_channels`` of the UNet (320 for SD 1.x); None if it is not a UNet that
+            Stable Diffusion's blocks make up (a diffusion transformer, a video UNet).
+        depth: number of input blocks, which is that of output blocks and of skip connections.
+        blocks: number of all blocks: input, middle (if it has one) and output.
+        caches: other step caches on the same model, by the name of their node.
+    """
+
+    name: str
+    family: str | None
+    channels: int | None
+    depth: int
+    blocks: int
+    caches: tuple[str, ...] = ()
+
+    @property
+    def is_unet(self) -> bool:
+        return self.channels is not None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one run.
+
+    A step goes from ``sigmas[i]`` to ``sigmas[i + 1]``, but samplers evaluate the model elsewhere
+    too: an evaluation belongs to the step whose sigma it is at, or, between two of them, to the
+    step that it lies in. So dpm_2's midpoint belongs to its own step; heun's second evaluation is
+    made at the next step's sigma and belongs to that one; dpm_adaptive, which chooses its own
+    sigmas, is placed on the list that it was given; a restart goes back to an earlier step.
+
+    Attributes:
+        sigmas: (steps + 1) noise levels, as the sampler got them.
+    """
+
+    sigmas: tuple[float, ...]
+
+    # Samplers that convert sigma to log-snr and back (uni_pc) return it with float32 rounding.
+    TOLERANCE: ClassVar[float] = 1e-4
+
+    def __len__(self) -> int:
+        return max(0, len(self.sigmas) - 1)
+
+    def at(self, sigma: float, current: int = 0) -> int:
+        """The step that an evaluation at `sigma` belongs to, 0 to len - 1.
+
+        Args:
+            sigma: noise level of the evaluation.
+            current: the step of the evaluation before; used only where the list goes up (a
+                flipped or restarting schedule) and sigma alone does not say which step it is.
+        """
+        last = len(self) - 1
+        if last < 0:
+            return 0
+        if self._rising is not None:
+            return min(max(bisect_right(self._rising, -sigma) - 1, 0), last)
+        for i in chain(range(current, last + 1), range(current)):
+            if abs(self.sigmas[i] - sigma) <= self.TOLERANCE * max(abs(sigma), 1e-8):
+                return i
+        return min(current, last)
+
+    @cached_property
+    def _rising(self) -> list[float] | None:
+        """Where each step begins, negated for bisection; None if the sigmas go up somewhere."""
+        if any(a < b for a, b in pairwise(self.sigmas)):
+            return None
+        return [-sigma * (1 + self.TOLERANCE) for sigma in self.sigmas[:-1]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method gets when a run begins.
+
+    Attributes:
+        model: the model that is sampled, with everything that was put on it later.
+        steps: the run's steps.
+        percent_to_sigma: noise level at a fraction of the training timesteps, 0 the noisiest.
+    """
+
+    model: Model
+    steps: Steps
+    percent_to_sigma: Callable[[float], float]
+
+    def sigma_range(self, start_percent: float, end_percent: float) -> Callable[[float], bool]:
+        """Whether a sigma lies between two fractions of the training timesteps, ends included."""
+        high, low = self.percent_to_sigma(start_percent), self.percent_to_sigma(end_percent)
+        return lambda sigma: low <= sigma <= high
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of the model by the sampler; heun and the like make two a step.
+
+    Attributes:
+        step: the step it belongs to.
+        sigma: its noise level.
+        predictions: conditions that have gone through the network so far in this evaluation.
+    """
+
+    step: int
+    sigma: float
+    predictions: int = 0
+
+
+class Guidance(Protocol):
+    """One evaluation as the guider makes it, and without guidance."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether anything besides the positive would be evaluated."""
+
+    @property
+    def conditions(self) -> int:
+        """How many conditions all of the guider's prompts have together."""
+
+    def guided(self) -> Tensor:
+        """What the guider makes of it: the denoised latent, (B, C, H, W)."""
+
+    def positive_alone(self) -> Tensor:
+        """The positive prediction, (B, C, H, W), with nothing else evaluated."""
+
+
+class UNetCall(Protocol):
+    """One call of the UNet: one batch of conditions."""
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What identifies each condition of the batch from one evaluation to the next."""
+
+    def full(self, branch: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The host's own forward.
+
+        Returns:
+            the output (B, C, H, W), and the features (B, C', H', W') that enter the output block
+            which skip connection `branch` joins: a copy, before any patch touches them.
+        """
+
+    def partial(self, branch: int, deep: Tensor) -> Tensor:
+        """The input blocks 0 to `branch` and the output blocks that their skips join, on given deep
+        features (B, C', H', W'), which may be written to. Returns the output (B, C, H, W)."""
+
+
+class MethodRun:
+    """A method during one run. Override the points it takes part in; the engine installs no others."""
+
+    def predict_noise(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
+        """Around one evaluation. Returns the denoised latent."""
+        raise NotImplementedError
+
+    def unet(self, evaluation: Evaluation, call: UNetCall) -> Tensor:
+        """Around one call of the UNet. Returns its output."""
+        raise NotImplementedError
+
+    def output_block(self, evaluation: Evaluation, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Before an output block joins the features `h` (B, C, H, W) and the skip (B, C', H, W)."""
+        raise NotImplementedError
+
+    def verdict(self) -> tuple[State, str]:
+        """What it did so far, as a sentence a user can act on, and whether it did anything."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings of one method: validated, plain values, equal when they mean the same.
+
+    Class attributes:
+        stem: the method's name in files, registry and plan.
+        title: the method's name to a user.
+        phase: when it takes part; the engine runs the phases in their order.
+        is_exact: whether the image stays the same up to rounding.
+    """
+
+    stem: ClassVar[str]
+    title: ClassVar[str]
+    phase: ClassVar[Phase]
+    is_exact: ClassVar[bool]
+
+    def off(self) -> str | None:
+        """Why these settings do nothing at all, or None if they do something."""
+        raise NotImplementedError
+
+    def check(self, model: Model) -> None:
+        """Raise if this model cannot be served: ValueError for a setting, RuntimeError for the model."""
+        raise NotImplementedError
+
+    def begin(self, run: Run) -> MethodRun:
+        """The object that takes part in one run."""
+        raise NotImplementedError
+
+
+def check_number(title: str, name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high (NaN never is)."""
+    if not low <= value <= high:
+        raise ValueError(f"{title}: {name} must be from {low} to {high}, but is {value}. Set it within that range.")
+
+
+def check_choice(title: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{title}: {name} must be one of {', '.join(choices)}, but is {value!r}. Choose one of these.")
+
+
+def check_range(title: str, start_percent: float, end_percent: float) -> None:
+    """Raise ValueError unless 0 <= start_percent <= end_percent <= 1."""
+    check_number(title, "start_percent", start_percent, 0.0, 1.0)
+    check_number(title, "end_percent", end_percent, 0.0, 1.0)
+    if start_percent > end_percent:
+        raise ValueError(
+            f"{title}: start_percent must not be above end_percent, but {start_percent} is above {end_percent}. "
+            "Swap them, or set 0 and 1 for the whole run."
+        )
+
+
+def check_unet(title: str, model: Model, instead: str) -> None:
+    """Raise RuntimeError unless the model is a Stable Diffusion UNet."""
+    if not model.is_unet:
+        raise RuntimeError(
+            f"{title}: this node works on Stable Diffusion UNets (SD 1.x, SD 2.x, SDXL, SSD-1B, the SDXL refiner), "
+            f"but the model is {model.name}, which is none. {instead}"
+        )

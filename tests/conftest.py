@@ -1,0 +1,43 @@
+"""Loads the pack as the host does, and skips what needs a host where there is none."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from loading import ROOT, find_comfyui, load_host, load_pack
+
+COMFYUI = find_comfyui()
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MISSING = {
+    "host": None if COMFYUI else "no ComfyUI was found (set COMFYUI_PATH)",
+    "e2e": None if COMFYUI and CHROMIUM else "no ComfyUI or no Chromium was found",
+}
+
+# At import: pytest imports the suites' own conftest files, which import the host, before any hook runs.
+load_pack()
+if COMFYUI is not None:
+    load_host(COMFYUI)
+    import torch
+
+    # The models are tiny: a second thread gains nothing, and loses all where something else runs.
+    torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what cannot run here. Not even imported: a host test imports the host at its top."""
+    tests = ROOT / "tests"
+    if collection_path != tests and collection_path.is_relative_to(tests):
+        return True if MISSING.get(collection_path.relative_to(tests).parts[0]) else None
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for suite, reason in MISSING.items():
+        if reason:
+            terminalreporter.write_line(f"SKIPPED the {suite} suite: {reason}.")

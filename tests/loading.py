@@ -1,0 +1,42 @@
+"""Finding ComfyUI, and loading it and the pack into this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACK = "slipstream_pack"
+
+
+def find_comfyui() -> Path | None:
+    """`COMFYUI_PATH`, else around the pack, else comfy-cli's default workspace."""
+    named = os.environ.get("COMFYUI_PATH")
+    places = [Path(named)] if named else [ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI"]
+    return next((place.resolve() for place in places if (place / "comfy" / "model_patcher.py").is_file()), None)
+
+
+def load_pack() -> None:
+    """Import the pack under a name of its own, from its file, as the host's loader does."""
+    if PACK not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[PACK] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def load_host(comfyui: Path, cpu: bool = True) -> None:
+    """Put the host on the path, and tell it where to run before any of it is imported."""
+    # Its own `nodes.py` must be the one that is found: our root is never on the path.
+    sys.path.insert(0, str(comfyui))
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    from comfy.cli_args import args
+
+    args.cpu = cpu

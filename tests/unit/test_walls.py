@@ -1,0 +1,62 @@
+"""The walls of the design: who imports whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES = ROOT / "nodes"
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
+METHODS = sorted(path for path in (NODES / "methods").glob("*.py") if path.stem != "__init__")
+NODE_FILES = sorted(path for path in NODES.glob("*.py") if path.stem not in ("__init__", "extension"))
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports anywhere in it: absolute names, and relative ones with their dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_methods_import_neither_the_host_nor_each_other_nor_the_engine(path):
+    for name in imports(path):
+        assert name.split(".")[0] not in HOST
+        assert not name.startswith(".") or name == ".method"
+
+
+@pytest.mark.parametrize("path", NODE_FILES, ids=lambda path: path.stem)
+def test_a_node_imports_the_api_the_engine_and_its_own_method(path):
+    assert imports(path) <= {"comfy_api.latest", ".engine", f".methods.{path.stem}"}
+
+
+@pytest.mark.parametrize("path", sorted((NODES / "engine").glob("*.py")), ids=lambda path: path.stem)
+def test_the_engine_imports_of_the_methods_only_what_a_method_is(path):
+    for name in imports(path):
+        assert not name.startswith("..methods.") or name == "..methods.method"
+
+
+def test_the_root_imports_nothing_at_module_level():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body)
+
+
+def test_one_stem_everywhere():
+    """A method has a node, a test and a row in the registry of the same name."""
+    stems = {path.stem for path in METHODS} - {"method"}
+    assert stems == {path.stem for path in NODE_FILES}
+    assert all((ROOT / "tests" / "unit" / f"test_{stem}.py").exists() for stem in stems)
+    registry = ast.parse((NODES / "engine" / "registry.py").read_text())
+    (table,) = (
+        node.value
+        for node in ast.walk(registry)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "METHODS"
+    )
+    assert set(ast.literal_eval(table)) == stems
