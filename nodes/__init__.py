@@ -1,0 +1,8 @@
+"""The nodes of the pack, one file each."""
+
+NODES: tuple[tuple[str, str], ...] = (
+    ("deepcache", "SlipstreamDeepCache"),
+    ("cfg_cutoff", "SlipstreamCFGCutoff"),
+    ("freeu", "SlipstreamFreeU"),
+)
+"""(file, class) of every node, in the order of the menu."""

@@ -1,0 +1,12 @@
+"""The host layer: the only place that touches ComfyUI's internals.
+
+A node calls `add`, and the model it returns carries one more configuration in its plan. The rest
+happens when sampling begins: `sampling` reads the plan and runs its methods, `record` counts,
+`verdicts` tells each node what became of it.
+"""
+
+from .models import describe
+from .node import add, model_node, option
+from .plan import Plan, plan_of
+
+__all__ = ["Plan", "add", "describe", "model_node", "option", "plan_of"]

@@ -1,0 +1,82 @@
+"""What a node file needs: a schema that every supported host takes, and `add`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+
+from ..methods.method import Configuration
+from . import models, sampling, verdicts
+from .plan import KEY, Entry, Node, plan_of
+
+
+def supported(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """The arguments that this host's `function` knows (``advanced=`` came with 0.15, ``search_aliases=`` later)."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def option(kind: Any, name: str, **arguments: Any) -> Any:
+    """An input, such as ``option(io.Float, "cutoff", default=0.75, ...)``."""
+    return kind.Input(name, **supported(kind.Input.__init__, **arguments))
+
+
+def model_node(node_id: str, display_name: str, description: str, aliases: list[str], options: list[Any]) -> io.Schema:
+    """The schema of a node that takes a MODEL and returns it with one more configuration."""
+    return io.Schema(
+        **supported(
+            io.Schema,
+            node_id=node_id,
+            display_name=display_name,
+            category="Slipstream/model",
+            description=description,
+            search_aliases=aliases,
+            inputs=[io.Model.Input("model", tooltip="The model to speed up. It is not changed itself."), *options],
+            outputs=[io.Model.Output(tooltip="The model with this method in its plan.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            # Its id is part of what it returns: two equal nodes must not share one cached output.
+            not_idempotent=True,
+        )
+    )
+
+
+def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: bool = False) -> io.NodeOutput:
+    """A node's output: the model with one more configuration in its plan.
+
+    The model that came in is not touched. Settings that do nothing return that very model, and the
+    node says so.
+
+    Args:
+        node: the node class, as `execute` gets it, with the host's hidden inputs.
+        model: ModelPatcher.
+        config: the settings.
+        suggested: see `Entry`.
+
+    Raises:
+        ValueError: the settings do not fit the model, or the plan has the method with other ones.
+        RuntimeError: the model cannot be served.
+    """
+    source = _node_of(node)
+    off = config.off()
+    if off is not None:
+        verdicts.publish_off(source, f"off: {off}")
+        return io.NodeOutput(model)
+    config.check(models.describe(model, model.model_options))
+    plan = plan_of(model).adding(Entry(config, (source,), suggested))
+    clone = model.clone()
+    clone.set_attachments(KEY, plan)
+    # The host appends wrappers: without this, two of our nodes would start the engine twice.
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling.outer_sample)
+    return io.NodeOutput(clone)
+
+
+def _node_of(node: type[io.ComfyNode]) -> Node:
+    unique_id, graph = str(node.hidden.unique_id), node.hidden.dynprompt
+    # A node that another one expanded into is shown as that one.
+    shown = graph.get_display_node_id(unique_id) if graph is not None else unique_id
+    return Node(str(shown), node.define_schema().node_id)

@@ -1,0 +1,206 @@
+"""The engine: runs a plan's methods during one sampling run, and takes everything back.
+
+The model carries one wrapper, `outer_sample`. When sampling begins it reads the plan, makes the
+methods' objects, and adds its own wrappers and patches to the options of this run alone: a copy
+that the host makes for each run and drops after it. Being added last they stand closest to the
+model, whatever else is on it and wherever our nodes were wired.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..methods.method import Evaluation, MethodRun, Run, Steps
+from . import models, verdicts
+from .guidance import HostGuidance
+from .plan import KEY, Plan, plan_of
+from .record import Record
+from .unet import HostUNetCall
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_BLOCK_PATCH = "output_block_patch"
+
+_numbers = itertools.count(1)
+
+
+def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any):
+    """The wrapper that every model with a plan carries, at the host's OUTER_SAMPLE."""
+    guider = executor.class_obj
+    plan = plan_of(guider.model_patcher)
+    if not plan.entries or SamplingRun.is_in(guider.model_options):
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    run = SamplingRun(guider, plan, sigmas)
+    error: BaseException | None = None
+    try:
+        run.begin()
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        run.end(error)
+
+
+class SamplingRun:
+    """One sampling run of one model with a plan.
+
+    Args:
+        guider: the host's CFGGuider, its `model_options` already those of this run.
+        plan: the plan of its model.
+        sigmas: (steps + 1,) noise levels.
+    """
+
+    def __init__(self, guider: Any, plan: Plan, sigmas: torch.Tensor):
+        self.number = next(_numbers)
+        self.guider = guider
+        self.plan = plan
+        self.options: dict[str, Any] = guider.model_options["transformer_options"]
+        self.steps = Steps(tuple(sigmas.tolist()))
+        self.record = Record(len(self.steps))
+        self.where = verdicts.current_prompt()
+        self.methods: list[MethodRun] = []
+        self.around_evaluation: MethodRun | None = None
+        self.around_unet: MethodRun | None = None
+        self.at_output_block: list[MethodRun] = []
+        self.evaluation: Evaluation | None = None
+        self.occurrences: dict[Hashable, int] = {}
+        # The host samples on several GPUs in threads, which share the counts.
+        self.lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Make the methods' objects and install what they take part in.
+
+        Raises:
+            ValueError, RuntimeError: a method cannot serve the model as it is now, with everything
+                that was put on it after our nodes. Its nodes are named.
+        """
+        self.publish()
+        model_sampling = self.guider.model_patcher.get_model_object("model_sampling")
+        model = models.describe(self.guider.model_patcher, self.guider.model_options)
+        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)))
+        for entry in self.plan.entries:
+            try:
+                entry.config.check(model)
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
+            self.methods.append(entry.config.begin(run))
+        self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
+        self.around_unet = next(iter(self._taking_part("unet")), None)
+        self.at_output_block = self._taking_part("output_block")
+        self._install()
+
+    def _taking_part(self, point: str) -> list[MethodRun]:
+        return [method for method in self.methods if getattr(type(method), point) is not getattr(MethodRun, point)]
+
+    # What is installed for the run, and taken back after it.
+
+    @staticmethod
+    def is_in(model_options: dict[str, Any]) -> bool:
+        wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+        return KEY in wrappers.get(WrappersMP.PREDICT_NOISE, {})
+
+    def _wrappers(self) -> dict[str, Callable[..., Any]]:
+        wrappers: dict[str, Callable[..., Any]] = {
+            WrappersMP.PREDICT_NOISE: self.predict_noise,
+            WrappersMP.APPLY_MODEL: self.apply_model,
+        }
+        if self.around_unet is not None:
+            wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
+        return wrappers
+
+    def _install(self) -> None:
+        for kind, wrapper in self._wrappers().items():
+            self.options.setdefault("wrappers", {}).setdefault(kind, {})[KEY] = [wrapper]
+        if self.at_output_block:
+            self.options.setdefault("patches", {}).setdefault(OUTPUT_BLOCK_PATCH, []).append(self.output_block)
+
+    def _remove(self) -> None:
+        for kind in self._wrappers():
+            self.options.get("wrappers", {}).get(kind, {}).pop(KEY, None)
+        patches = self.options.get("patches", {}).get(OUTPUT_BLOCK_PATCH, [])
+        patches[:] = [patch for patch in patches if patch != self.output_block]
+
+    def end(self, error: BaseException | None) -> None:
+        """Take everything back and say what became of it."""
+        self._remove()
+        self.record.end(error)
+        self.publish()
+        told = zip(self.plan.entries, self.verdicts(), strict=True)
+        logger.info("Slipstream: %s", "; ".join(f"{entry.config.title}: {line.text}" for entry, line in told))
+        self.methods.clear()
+        self.evaluation = self.around_evaluation = self.around_unet = None
+        self.at_output_block.clear()
+
+    # The host's wrappers, outermost first.
+
+    def predict_noise(
+        self,
+        executor: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any],
+        seed: int | None = None,
+    ) -> torch.Tensor:
+        sigma = float(timestep.flatten()[0])
+        step = self.steps.at(sigma, self.record.step)
+        self.evaluation = Evaluation(step, sigma)
+        self.occurrences.clear()
+        self.record.step = step
+        self.record.evaluations += 1
+        if self.around_evaluation is None:
+            return executor(x, timestep, model_options, seed)
+        guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed)
+        return self.around_evaluation.predict_noise(self.evaluation, guidance)
+
+    def apply_model(
+        self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+        transformer_options: dict[str, Any] | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        options = {} if transformer_options is None else transformer_options
+        conditions = len(options.get("cond_or_uncond", (0,)))
+        with self.lock:
+            self.record.model_calls += 1
+            self.record.predictions += conditions
+            if self.evaluation is not None:
+                self.evaluation.predictions += conditions
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def diffusion_model(
+        self, executor: Any, x: Any, timesteps: Any = None, context: Any = None, y: Any = None, control: Any = None,
+        transformer_options: dict[str, Any] | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        options = {} if transformer_options is None else transformer_options
+        method, evaluation = self.around_unet, self.evaluation
+        # A guider may run a second, other model under the first one's options (DualModelGuider).
+        if method is None or evaluation is None or not models.is_image_unet(executor.class_obj):
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+        with self.lock:
+            call = HostUNetCall(executor, x, timesteps, context, y, control, options, kwargs, self.occurrences)
+        return method.unet(evaluation, call)
+
+    def output_block(self, h: torch.Tensor, skip: torch.Tensor, transformer_options: dict[str, Any]):
+        for method in self.at_output_block:
+            if self.evaluation is not None:
+                h, skip = method.output_block(self.evaluation, h, skip)
+        return h, skip
+
+    # What is told.
+
+    def verdicts(self) -> list[verdicts.Line]:
+        """One line for each entry of the plan, as things stand; also before its method could begin."""
+        told = [method.verdict() for method in self.methods]
+        told += [("inert", "")] * (len(self.plan.entries) - len(told))
+        return [verdicts.line(self.record, state, text) for state, text in told]
+
+    def publish(self) -> None:
+        for entry, line in zip(self.plan.entries, self.verdicts(), strict=True):
+            for node in entry.nodes:
+                verdicts.publish(self.where, node, line, self.record.as_dict(), self.number)

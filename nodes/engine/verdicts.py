@@ -1,0 +1,178 @@
+"""Verdicts: what each node did in the last run, told to the page and kept as plain data.
+
+A verdict is one line for each sampling run that the node took part in during one prompt. It goes
+to the client that queued the prompt as the event ``slipstream.verdict``, a complete snapshot each
+time, and stays here for that client to fetch after a reload or a prompt that was cached whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from comfy_execution.utils import get_executing_context
+
+from ..methods.method import State
+from .plan import Node
+from .record import Record
+
+logger = logging.getLogger(__name__)
+
+EVENT = "slipstream.verdict"
+ROUTE = "/slipstream/verdicts"
+KEPT = 1000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt that is being executed.
+
+    Attributes:
+        id: its id; None outside the server.
+        workflow: the id of the workflow on display that it was queued from, if it says so.
+        node: the id of the executing node: the sampler, while sampling.
+        node_type: that node's class.
+        client: the client that queued it.
+    """
+
+    id: str | None = None
+    workflow: str | None = None
+    node: str | None = None
+    node_type: str | None = None
+    client: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's verdict on one node. `state` decides its colour and symbol."""
+
+    state: State | Literal["running", "off", "failed", "interrupted"]
+    text: str
+
+
+@dataclass
+class Verdict:
+    """All that is known of one node: its lines in order, keyed by the run that each is from."""
+
+    prompt_id: str | None
+    workflow_id: str | None
+    node: Node
+    lines: OrderedDict[Any, dict[str, str]] = field(default_factory=OrderedDict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The event's data."""
+        return {
+            "prompt_id": self.prompt_id,
+            "workflow_id": self.workflow_id,
+            "node_id": self.node.id,
+            "node_type": self.node.type,
+            "lines": list(self.lines.values()),
+            "record": self.record,
+        }
+
+
+_kept: OrderedDict[tuple[str | None, str], Verdict] = OrderedDict()
+_clients: set[str] = set()
+_lock = threading.Lock()
+
+
+def line(record: Record, state: State, text: str) -> Line:
+    """A method's verdict on itself, as the run's end makes it: an error or an interrupt comes first."""
+    if record.status == "finished":
+        return Line(state, text)
+    if record.status == "running":
+        return Line("running", "sampling")
+    so_far = f"until then: {text}" if record.evaluations else "before the first step"
+    at = f"in step {record.step + 1} of {record.steps}"
+    if record.status == "interrupted":
+        return Line("interrupted", f"interrupted {at}; {so_far}")
+    return Line("failed", f"the run failed {at} ({record.reason}); {so_far}")
+
+
+def _server() -> Any:
+    """The host's server; None in a host that runs without one."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def current_prompt() -> Prompt:
+    """Where we are: the prompt and the node that are being executed."""
+    context, server = get_executing_context(), _server()
+    if context is None or server is None:
+        return Prompt()
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    item = next((item for item in running if item[1] == context.prompt_id), None)
+    if item is None:
+        return Prompt(context.prompt_id, node=context.node_id, client=server.client_id)
+    prompt, extra = item[2], item[3]
+    workflow = ((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+    node_type = prompt.get(context.node_id, {}).get("class_type")
+    return Prompt(context.prompt_id, workflow, context.node_id, node_type, extra.get("client_id"))
+
+
+def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: Any = None) -> None:
+    """Set the line of one run on a node, and tell the client.
+
+    Never raises for the server's sake: a verdict that cannot be sent must not cost the image.
+
+    Args:
+        where: the prompt, as it was when the run began.
+        node: the node that it is about.
+        line: what to say.
+        record: the run's counts.
+        run: what tells this run from the prompt's others; each has one line.
+    """
+    with _lock:
+        key = (where.workflow, node.id)
+        verdict = _kept.get(key)
+        if verdict is None or where.id is None or verdict.prompt_id != where.id:
+            verdict = Verdict(where.id, where.workflow, node)
+        sampler = f"{where.node_type or 'node'} {where.node}"
+        verdict.lines[run] = {"sampler": sampler, **asdict(line)}
+        verdict.record = record
+        _kept[key] = verdict
+        _kept.move_to_end(key)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+        data = verdict.as_dict()
+    try:
+        _send(where, node, data)
+    except Exception:
+        logger.warning("Slipstream: a verdict could not be sent to the page", exc_info=True)
+
+
+def publish_off(node: Node, text: str) -> None:
+    """Say that a node does nothing by its own settings."""
+    publish(current_prompt(), node, Line("off", text), {})
+
+
+def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
+    server = _server()
+    if server is None or where.client is None:
+        return
+    if where.client in _clients:
+        server.send_sync(EVENT, data, where.client)
+    else:
+        # The host's own text on a node: it can't be told apart by workflow and isn't kept, but needs no script.
+        server.send_progress_text("\n".join(entry["text"] for entry in data["lines"]), node.id, where.client)
+
+
+def add_routes() -> None:
+    """Serve the last verdicts. Asking for them is how a client says that our script is loaded."""
+    server = _server()
+    if server is None:
+        return
+    from aiohttp import web
+
+    @server.routes.get(ROUTE)
+    async def get_verdicts(request: web.Request) -> web.Response:
+        client = request.query.get("client_id")
+        with _lock:
+            if client:
+                _clients.add(client)
+            return web.json_response({"verdicts": [verdict.as_dict() for verdict in _kept.values()]})

@@ -1,0 +1,31 @@
+"""What the host tests share. `hosted` has the models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import hosted
+
+
+@pytest.fixture
+def model():
+    """A small SD 1.5 model, new for each test."""
+    return hosted.model("SD15")
+
+
+@pytest.fixture
+def last_lines():
+    """The lines that a node shows now, by node id: [(state, text), ...]."""
+    verdicts = hosted.engine("verdicts")
+    verdicts._kept.clear()
+
+    def lines(node_id: str) -> list[tuple[str, str]]:
+        verdict = verdicts._kept[(None, node_id)]
+        return [(line["state"], line["text"]) for line in verdict.lines.values()]
+
+    return lines

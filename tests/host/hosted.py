@@ -1,0 +1,277 @@
+"""Real ModelPatchers around small models built from the host's own classes, and sampling them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models as families
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from loading import PACK
+
+NODES = {
+    node.define_schema().node_id: node
+    for node in asyncio.run(importlib.import_module(f"{PACK}.nodes.extension").SlipstreamExtension().get_node_list())
+}
+CPU = torch.device("cpu")
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False,
+    "context_dim": 64,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
+    "num_classes": None,
+    "adm_in_channels": None,
+}
+
+XL = {
+    **UNET,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 3, 3],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+    "transformer_depth_middle": 3,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SD15": (families.SD15, UNET),
+    "SD20": (families.SD20, {**UNET, "use_linear_in_transformer": True, "model_channels": 64}),
+    "SDXL": (families.SDXL, {**XL, "model_channels": 64}),
+    "SSD1B": (families.SSD1B, {**XL, "model_channels": 64, "transformer_depth_middle": -1}),
+    "SDXLRefiner": (
+        families.SDXLRefiner,
+        {
+            **UNET,
+            "model_channels": 64,
+            "transformer_depth": [0, 0, 2, 2, 2, 2, 0, 0],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0],
+            "transformer_depth_middle": 2,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2560,
+        },
+    ),
+}
+
+DIT = (
+    families.AuraFlow,
+    {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "in_channels": 4, "dim": 64, "n_heads": 4},
+)
+
+
+def initialize(module: torch.nn.Module, seed: int) -> None:
+    """Weights that keep activations near 1. The host leaves them uninitialized, to be loaded."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+
+
+def build(config: Any, seed: int = 0) -> ModelPatcher:
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device=CPU)
+    initialize(model.diffusion_model, seed)
+    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
+    """A small model of a family, or ``DiT``."""
+    family, config = DIT if name == "DiT" else CONFIGS[name]
+    return build(family(dict(config)), seed)
+
+
+def prompt(patcher: ModelPatcher, seed: int, tokens: int = 8, batch: int = 1, **values: Any) -> list[Any]:
+    """A CONDITIONING, as CLIPTextEncode makes it, of the model's width."""
+    config = patcher.model.model_config.unet_config
+    width = config.get("context_dim") or config.get("cond_seq_dim")
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(batch, tokens, width, generator=generator)
+    pooled = torch.randn(batch, 1280, generator=generator)
+    return [[context, {"pooled_output": pooled, **values}]]
+
+
+def latent(patcher: ModelPatcher, size: int = 16, batch: int = 1) -> torch.Tensor:
+    return torch.zeros(batch, patcher.model.latent_format.latent_channels, size, size)
+
+
+def sample(
+    patcher: ModelPatcher,
+    positive: Any = None,
+    negative: Any = None,
+    *,
+    steps: int = 6,
+    cfg: float = 5.0,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+    seed: int = 1,
+    image: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What the KSampler node does: a latent (B, C, H, W)."""
+    positive = prompt(patcher, 10) if positive is None else positive
+    negative = prompt(patcher, 11) if negative is None else negative
+    image = latent(patcher) if image is None else image
+    noise = comfy.sample.prepare_noise(image, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            image,
+            seed=seed,
+            disable_pbar=True,
+            **kwargs,
+        )
+
+
+def run_node(name: str, patcher: ModelPatcher, node_id: str = "7", **inputs: Any) -> ModelPatcher:
+    """Execute one of our nodes as the host does, missing inputs at their defaults. Returns its MODEL."""
+    node = NODES[name]
+    for option in node.define_schema().inputs[1:]:
+        inputs.setdefault(option.id, option.default)
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node_id}, "dynamic_paths": None})
+    return clone.EXECUTE_NORMALIZED(model=patcher, **inputs).result[0]
+
+
+def engine(name: str) -> Any:
+    """A module of the engine, as the pack has it."""
+    return importlib.import_module(f"{PACK}.nodes.engine.{name}")
+
+
+def method(name: str) -> Any:
+    """A module of the methods, as the pack has it."""
+    return importlib.import_module(f"{PACK}.nodes.methods.{name}")
+
+
+def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> ModelPatcher:
+    """A clone with a low-rank update on every attention projection, patched as a loaded LoRA is."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = {}
+    for key, weight in patcher.model_state_dict().items():
+        if key.endswith(("to_q.weight", "to_k.weight", "to_v.weight")):
+            up = torch.randn(weight.shape[0], 2, generator=generator)
+            down = torch.randn(2, weight.shape[1], generator=generator)
+            patches[key] = ("diff", (up @ down * 0.05,))
+    clone = patcher.clone()
+    assert len(clone.add_patches(patches, strength)) == len(patches) > 0
+    return clone
+
+
+def add_core_freeu(patcher: ModelPatcher, name: str = "FreeU_V2", **values: float) -> ModelPatcher:
+    """Core's FreeU node."""
+    from comfy_extras import nodes_freelunch
+
+    values = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2, **values}
+    return getattr(nodes_freelunch, name).execute(patcher, **values).result[0]
+
+
+def controlnet(patcher: ModelPatcher, seed: int = 5) -> Any:
+    """The host's ControlNet around a small control model of the patcher's shape."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    config = {k: v for k, v in patcher.model.model_config.unet_config.items() if k != "out_channels"}
+    config.pop("transformer_depth_output", None)
+    for name in ("dtype", "use_temporal_resblock", "use_temporal_attention"):
+        config.pop(name, None)
+    control_model = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, dtype=torch.float32, device=CPU, operations=comfy.ops.disable_weight_init
+    )
+    initialize(control_model, seed)
+    return comfy.controlnet.ControlNet(control_model, load_device=CPU)
+
+
+def with_control(conditioning: list[Any], control: Any, size: int = 128, both: bool = False) -> list[Any]:
+    """What ControlNetApply does: the conditioning with a picture to follow."""
+    generator = torch.Generator().manual_seed(7)
+    hint = torch.rand(1, 3, size, size, generator=generator)
+    control = control.copy().set_cond_hint(hint, 1.0)
+    return [
+        [tensor, {**values, "control": control, "control_apply_to_uncond": not both}] for tensor, values in conditioning
+    ]
+
+
+def sample_with(
+    guider: Any, *, steps: int = 6, sampler: str = "euler", scheduler: str = "normal", seed: int = 1, image: Any = None
+):
+    """Sample with a guider, as SamplerCustomAdvanced does."""
+    patcher = guider.model_patcher
+    image = latent(patcher) if image is None else image
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, steps)
+    noise = comfy.sample.prepare_noise(image, seed)
+    with torch.inference_mode():
+        return guider.sample(noise, image, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=seed)
+
+
+class Counter:
+    """Counts, by a forward hook on each block of the real UNet, how often it ran and on how many rows."""
+
+    def __init__(self, patcher: ModelPatcher):
+        unet = patcher.model.diffusion_model
+        self.unet_calls = 0
+        self.rows: list[int] = []
+        self.blocks: dict[str, int] = {}
+        middle = [] if unet.middle_block is None else [("middle", unet.middle_block)]
+        named = [
+            *((f"input{i}", block) for i, block in enumerate(unet.input_blocks)),
+            *middle,
+            *((f"output{i}", block) for i, block in enumerate(unet.output_blocks)),
+        ]
+        self.handles = []
+        for name, block in named:
+            # The host calls a block's layers, not the block: its first layer stands for it.
+            self.handles.append(block[0].register_forward_hook(self._counting(name)))
+        self.handles.append(unet.out[0].register_forward_hook(self._called))
+
+    def _counting(self, name: str):
+        def hook(module, args, output):
+            self.blocks[name] = self.blocks.get(name, 0) + 1
+
+        return hook
+
+    def _called(self, module, args, output):
+        self.unet_calls += 1
+        self.rows.append(output.shape[0])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+class PlantedError(Exception):
+    """An error that a test planted."""

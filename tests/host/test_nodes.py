@@ -1,0 +1,81 @@
+"""What the host and the page see of each node: schema, help, templates; and one bad node among good ones."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+from pathlib import Path
+
+import hosted
+import pytest
+from hosted import NODES
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT = Path(__file__).with_name("schemas.json")
+
+every_node = pytest.mark.parametrize("name", list(NODES))
+
+
+def described(node) -> dict:
+    """The part of a schema that saved workflows and prompts depend on."""
+    schema = node.define_schema()
+    return {
+        "display_name": schema.display_name,
+        "category": schema.category,
+        "inputs": [
+            {
+                "id": entry.id,
+                "type": entry.io_type,
+                **{
+                    key: getattr(entry, key)
+                    for key in ("default", "min", "max", "step", "options")
+                    if getattr(entry, key, None) is not None
+                },
+            }
+            for entry in schema.inputs
+        ],
+        "outputs": [entry.io_type for entry in schema.outputs],
+    }
+
+
+def test_the_schemas_are_those_of_the_snapshot():
+    """A node id or an input that changes breaks saved workflows. Meant? Then delete the snapshot and run again."""
+    now = {name: described(node) for name, node in NODES.items()}
+    if not SNAPSHOT.exists():
+        SNAPSHOT.write_text(json.dumps(now, indent=2) + "\n")
+        pytest.fail(f"there was no snapshot; {SNAPSHOT.name} was written, look at it and commit it")
+    assert now == json.loads(SNAPSHOT.read_text())
+
+
+@every_node
+def test_every_input_says_what_it_does(name):
+    schema = NODES[name].define_schema()
+    assert name.startswith("Slipstream")
+    assert schema.node_id == name
+    assert schema.description
+    assert all(entry.tooltip for entry in schema.inputs)
+
+
+@every_node
+def test_every_node_has_a_help_page_that_names_its_inputs(name):
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+    for entry in NODES[name].define_schema().inputs:
+        assert f"`{entry.id}`" in page, f"{name}.md does not mention {entry.id}"
+
+
+@every_node
+def test_every_node_is_in_a_template(name):
+    templates = [json.loads(path.read_text()) for path in (ROOT / "workflows").glob("*.json")]
+    assert any(node["type"] == name for template in templates for node in template["nodes"])
+
+
+def test_one_bad_node_leaves_the_others_working_with_one_line_in_the_log(monkeypatch, caplog):
+    extension = importlib.import_module(f"{hosted.PACK}.nodes.extension")
+    monkeypatch.setattr(extension, "NODES", (("no_such_file", "Missing"), *extension.NODES))
+    with caplog.at_level(logging.ERROR):
+        loaded = asyncio.run(extension.SlipstreamExtension().get_node_list())
+    assert [node.define_schema().node_id for node in loaded] == list(NODES)
+    (record,) = caplog.records
+    assert "Missing could not be loaded and is left out" in record.getMessage()
