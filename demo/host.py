@@ -1,0 +1,117 @@
+"""A ComfyUI server of our own, driven as its web page does."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 1800
+
+
+class Server:
+    """`main.py` in a base directory of its own; started on entry, stopped on exit.
+
+    Attributes:
+        url: its address, on a port that was free.
+        log: the file that takes its output.
+    """
+
+    def __init__(self, comfyui: Path, base: Path, log: Path, options: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._command = [sys.executable, str(comfyui / "main.py"), "--port", str(port), "--disable-auto-launch"]
+        # The database is the one thing that the base directory doesn't move.
+        self._command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base / 'comfyui.db'}", *options]
+
+    def __enter__(self) -> Server:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self._check_alive()
+            try:
+                self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.3)
+            else:
+                return
+        raise RuntimeError(f"ComfyUI should answer within {START_TIMEOUT_S} s, but did not. Its log: {self.log}")
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"ComfyUI should be running, but ended: {' '.join(last)}. Its log: {self.log}")
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Serve until the server ends."""
+        self._process.wait()
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return json.load(response)
+
+    def run(self, prompt: dict[str, Any], workflow: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
+        """Queue a prompt and wait for it.
+
+        Args:
+            prompt: in API format.
+            workflow: the same as saved from the canvas; goes into the images, so that they open as a workflow.
+
+        Returns:
+            The prompt's id, its outputs by node, and the seconds from its start to its end on the server's clock.
+        """
+        body = json.dumps({"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": workflow}}}).encode()
+        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                prompt_id = json.load(response)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"ComfyUI should accept the prompt, but refused it: {error.read().decode()}") from error
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self._check_alive()
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"The prompt should end within {RUN_TIMEOUT_S} s, but did not. Its log: {self.log}")
+        messages = dict(entry["status"]["messages"])
+        if "execution_success" not in messages:
+            why = messages.get("execution_error", {}).get("exception_message", "interrupted").strip()
+            raise RuntimeError(f"The prompt should succeed, but failed: {why}. ComfyUI's log: {self.log}")
+        began, ended = messages["execution_start"]["timestamp"], messages["execution_success"]["timestamp"]
+        return prompt_id, entry["outputs"], (ended - began) / 1000
