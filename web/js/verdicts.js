@@ -1,0 +1,336 @@
+/**
+ * Shows on every Slipstream node what it did: the verdict that the engine sends while and after a prompt runs.
+ *
+ * Verdicts live here, by workflow and node, never in the graph: what is drawn is a DOM widget that is left out of the
+ * saved workflow, and so is the height it adds to its node. Both of the host's renderers show such a widget. A subgraph
+ * node shows the verdicts of the Slipstream nodes inside it.
+ *
+ * @typedef {'running' | 'active' | 'inert' | 'off' | 'failed' | 'interrupted'} State
+ * @typedef {{ sampler: string, state: State, text: string }} Line One sampling run, in the order they began.
+ * @typedef {object} Verdict All that one node did in one prompt. A later one replaces it.
+ * @property {string} prompt_id
+ * @property {string | null} workflow_id Null for a prompt that came without a workflow: there is no node to draw it on.
+ * @property {string} node_id The execution id: "7", or "12:7" for node 7 inside subgraph node 12.
+ * @property {string} node_type
+ * @property {Line[]} lines
+ * @property {boolean} [isLast] Whether it is from a prompt before the current one.
+ *
+ * @typedef {{ state: State, text: string, isLast: boolean, instance: string }} Row One line on a node. `instance` names the
+ *   subgraph node it comes through: the nodes of a subgraph that is used twice are the same objects.
+ * @typedef {any} Node A LiteGraph node.
+ * @typedef {object} Panel
+ * @property {Node} node
+ * @property {any} widget
+ * @property {HTMLElement} content
+ * @property {number} height Of the content, in graph units; 0 until it has been laid out.
+ * @property {number} bareHeight Of the node without the panel.
+ * @property {string} drawn The rows on display, so that equal ones are left alone and a text selection survives.
+ */
+import { api } from '../../../scripts/api.js'
+import { app } from '../../../scripts/app.js'
+
+const EVENT = 'slipstream.verdict'
+const ROUTE = '/slipstream/verdicts'
+
+const MUTED = 2
+const BYPASSED = 4
+
+const STRINGS = {
+  en: {
+    lastRun: 'last run:',
+    running: 'running',
+    active: 'active',
+    inert: 'no effect',
+    off: 'off',
+    failed: 'failed',
+    interrupted: 'interrupted'
+  },
+  zh: {
+    lastRun: '上次运行：',
+    running: '运行中',
+    active: '已生效',
+    inert: '未生效',
+    off: '已关闭',
+    failed: '失败',
+    interrupted: '已中断'
+  }
+}
+
+/** @type {Record<State, string>} */
+const SYMBOLS = { running: '…', active: '✓', inert: '!', off: '○', failed: '✕', interrupted: '■' }
+
+const STYLE = `
+.slipstream-verdict {
+  box-sizing: border-box;
+  contain: inline-size;
+  font: 12px/1.4 Inter, system-ui, sans-serif;
+  cursor: text;
+  user-select: text;
+}
+.slipstream-verdict__rows {
+  display: flex;
+  flex-direction: column;
+  gap: 1px;
+  overflow: hidden;
+  border-radius: 4px;
+}
+.slipstream-verdict__row {
+  --state: #8a8a8a;
+  display: flex;
+  gap: 6px;
+  padding: 4px 8px 4px 6px;
+  border-left: 3px solid var(--state);
+  background: var(--component-node-widget-background, var(--comfy-input-bg));
+  color: var(--component-node-foreground, var(--input-text));
+}
+.slipstream-verdict__row[data-state='running'] { --state: #3b82f6; }
+.slipstream-verdict__row[data-state='active'] { --state: #22a557; }
+.slipstream-verdict__row[data-state='inert'] { --state: #e0930a; }
+.slipstream-verdict__row[data-state='failed'] { --state: #e5484d; }
+.slipstream-verdict__row[data-state='interrupted'] { --state: #a370d8; }
+.slipstream-verdict__row[data-last] { border-left-style: dotted; }
+.slipstream-verdict__row[data-last] > * { opacity: 0.7; }
+.slipstream-verdict__symbol {
+  flex: 0 0 1em;
+  text-align: center;
+  font-weight: 700;
+  color: color-mix(in srgb, var(--state) 75%, currentcolor);
+}
+.slipstream-verdict__text {
+  min-width: 0;
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+`
+
+/** The verdicts of each workflow, by the node's execution id. @type {Map<string, Map<string, Verdict>>} */
+const workflows = new Map()
+
+/** What is drawn, for as long as its node lives. @type {WeakMap<Node, Panel>} */
+const panels = new WeakMap()
+
+/** @type {WeakMap<Element, Panel>} */
+const panelOfContent = new WeakMap()
+
+const sizes = new ResizeObserver((entries) => {
+  for (const { target, borderBoxSize } of entries) fit(panelOfContent.get(target), borderBoxSize[0].blockSize)
+})
+
+let isReady = false
+let widgetCount = 0
+/** The client id that the server knows to have this script. @type {string | undefined} */
+let announcedAs
+
+/** @param {string} key */
+function localized(key) {
+  const language = String(app.extensionManager?.setting?.get('Comfy.Locale') ?? 'en').split('-')[0]
+  return (STRINGS[language] ?? STRINGS.en)[key]
+}
+
+/** @param {Verdict} verdict */
+function keep(verdict) {
+  if (verdict.workflow_id === null) return
+  if (!workflows.has(verdict.workflow_id)) workflows.set(verdict.workflow_id, new Map())
+  workflows.get(verdict.workflow_id).set(verdict.node_id, verdict)
+}
+
+/** Gets the last verdicts, which also tells the server that this client draws them itself. */
+async function announce() {
+  if (!api.clientId || api.clientId === announcedAs) return
+  announcedAs = api.clientId
+  const response = await api.fetchApi(`${ROUTE}?client_id=${encodeURIComponent(api.clientId)}`)
+  if (!response.ok) return
+  for (const verdict of (await response.json()).verdicts) {
+    const known = workflows.get(verdict.workflow_id)?.get(verdict.node_id)
+    const isCurrent = known && !known.isLast
+    if (!isCurrent) keep({ ...verdict, isLast: !verdict.lines.some((line) => line.state === 'running') })
+  }
+  draw()
+}
+
+/** Brings every node of the open workflow in line with the verdicts. */
+function draw() {
+  if (!isReady) return
+  const root = app.rootGraph ?? app.graph
+  const verdicts = workflows.get(root.id) ?? new Map()
+  /** @type {Map<Node, Row[]>} */
+  const rows = new Map()
+
+  /** @param {any} graph @param {string} prefix @param {Node[]} enclosing @param {boolean} isOff */
+  function visit(graph, prefix, enclosing, isOff) {
+    for (const node of graph.nodes) {
+      const id = `${prefix}${node.id}`
+      const isNodeOff = isOff || node.mode === MUTED || node.mode === BYPASSED
+      if (!rows.has(node)) rows.set(node, [])
+
+      const verdict = verdicts.get(id)
+      if (verdict?.isLast && isNodeOff) verdicts.delete(id)
+      else if (verdict && verdict.node_type === (node.comfyClass ?? node.type)) {
+        const isOnly = verdict.lines.length === 1
+        for (const line of verdict.lines) {
+          const text = isOnly ? line.text : `${line.sampler}: ${line.text}`
+          const row = { state: line.state, isLast: Boolean(verdict.isLast) }
+          rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
+          enclosing.forEach((host, depth) => {
+            const instance = instanceOf(id.split(':').slice(0, depth).join(':'), enclosing.slice(0, depth))
+            rows.get(host).push({ ...row, text: `${node.title}: ${text}`, instance })
+          })
+        }
+      }
+      if (node.subgraph) visit(node.subgraph, `${id}:`, [...enclosing, node], isNodeOff)
+    }
+  }
+
+  visit(root, '', [], false)
+  for (const [node, nodeRows] of rows) show(node, nodeRows)
+}
+
+/** @param {string} prefix @param {Node[]} enclosing */
+function instanceOf(prefix, enclosing) {
+  return enclosing.length ? `${enclosing.at(-1).title} ${prefix.replace(/:$/, '')}` : ''
+}
+
+/** @param {Node} node @param {Row[]} rows */
+function show(node, rows) {
+  if (!rows.length && !panels.has(node)) return
+  const panel = panels.get(node) ?? attach(node)
+  const drawn = JSON.stringify(rows)
+  if (drawn === panel.drawn) return
+
+  const wasEmpty = panel.widget.hidden
+  const isEmpty = !rows.length
+  if (wasEmpty && !isEmpty) panel.bareHeight = isGrown(panel) ? Math.min(panel.bareHeight, node.size[1]) : node.size[1]
+  if (isEmpty) shrink(panel)
+
+  panel.drawn = drawn
+  panel.widget.hidden = isEmpty
+  panel.widget.element.hidden = isEmpty
+  panel.widget.element.ariaBusy = String(rows.some((row) => row.state === 'running'))
+  panel.content.replaceChildren(...elements(rows))
+  node.setDirtyCanvas(true, true)
+}
+
+/** @param {Row[]} rows @returns {HTMLElement[]} */
+function elements(rows) {
+  const isShared = new Set(rows.map((row) => row.instance)).size > 1
+  return rows.map(({ state, text, isLast, instance }, index) => {
+    const symbol = make('span', 'slipstream-verdict__symbol', SYMBOLS[state] ?? '')
+    symbol.role = 'img'
+    symbol.ariaLabel = localized(state) ?? state
+
+    const isFirstLast = isLast && !rows[index - 1]?.isLast
+    const words = [isFirstLast && localized('lastRun'), isShared && `${instance}:`, text].filter(Boolean)
+
+    const row = make('div', 'slipstream-verdict__row')
+    row.dataset.state = state
+    row.toggleAttribute('data-last', isLast)
+    row.title = symbol.ariaLabel
+    row.append(symbol, make('span', 'slipstream-verdict__text', words.join(' ')))
+    return row
+  })
+}
+
+/** @param {string} tag @param {string} className @param {string} [text] */
+function make(tag, className, text = '') {
+  const element = document.createElement(tag)
+  element.className = className
+  element.textContent = text
+  return element
+}
+
+/** Gives a node its panel: once, for as long as the node lives. @param {Node} node @returns {Panel} */
+function attach(node) {
+  const element = make('div', 'slipstream-verdict')
+  element.role = 'status'
+  // Selecting and copying the text is not dragging, copying or wiring the node.
+  for (const type of ['pointerdown', 'copy', 'contextmenu'])
+    element.addEventListener(type, (event) => event.stopPropagation())
+  // The classic canvas is not an ancestor of its DOM widgets.
+  element.addEventListener('wheel', (event) => {
+    if (!element.closest('[data-node-id]')) app.canvas.processMouseWheel(event)
+  })
+
+  const content = make('div', 'slipstream-verdict__rows')
+  element.append(content)
+
+  const savesValues = 'widgets_values' in node.serialize()
+  const neededHeight = () => panel.height + 2 * (panel.widget.margin ?? 0)
+  // An undo makes each node anew. The Vue renderer goes on showing the old element where the name is the old one.
+  const name = `slipstream_verdict_${++widgetCount}`
+  const widget = node.addDOMWidget(name, 'slipstream_verdict', element, {
+    serialize: false,
+    hideOnZoom: false,
+    hideInPanel: true,
+    getMinHeight: () => neededHeight(),
+    getMaxHeight: () => neededHeight(),
+    // The classic renderer grows a node while it draws it, at its former size: once more.
+    afterResize: () => node.setDirtyCanvas(true, true)
+  })
+  widget.serialize = false
+  widget.hidden = true
+
+  /** @type {Panel} */
+  const panel = { node, widget, content, height: 0, bareHeight: node.size[1], drawn: '' }
+  panels.set(node, panel)
+  panelOfContent.set(content, panel)
+  sizes.observe(content)
+
+  const { onSerialize } = node
+  node.onSerialize = function (data) {
+    onSerialize?.call(this, data)
+    // A node without another widget saves no list of values, if the host makes it so.
+    if (node.widgets.length === 1 && !savesValues) {
+      delete data.widgets_values
+      delete data.widgets_values_named
+    }
+    if (isGrown(panel)) data.size = [data.size[0], Math.min(data.size[1], panel.bareHeight)]
+  }
+  return panel
+}
+
+/** Whether the node's height is explained by its panel. A node that its user made taller keeps its height. @param {Panel} panel */
+function isGrown({ node, widget, bareHeight, height }) {
+  const slack = 24 // what the renderers put around a widget, even a hidden one, and above the first one
+  const ownHeight = widget.hidden ? 0 : height + 2 * (widget.margin ?? 0)
+  return node.size[1] <= bareHeight + ownHeight + slack
+}
+
+/** Takes back the height that the panel added. @param {Panel} panel */
+function shrink({ node, ...panel }) {
+  if (isGrown({ node, ...panel })) node.setSize([node.size[0], panel.bareHeight])
+}
+
+/** @param {Panel} panel @param {number} height 0 where it is not laid out: zoomed away, off screen, in a closed subgraph. */
+function fit(panel, height) {
+  if (!height || height === panel.height) return
+  // Either renderer grows a node by as much as its widgets need, but none takes back what is left over.
+  if (panel.widget.element.offsetHeight > height + 1) shrink(panel)
+  panel.height = height
+  panel.node.setDirtyCanvas(true, true)
+}
+
+const style = document.createElement('style')
+style.textContent = STYLE
+document.head.append(style)
+
+api.addEventListener(EVENT, ({ detail }) => {
+  keep(detail)
+  draw()
+})
+api.addEventListener('execution_start', () => {
+  for (const verdicts of workflows.values()) for (const verdict of verdicts.values()) verdict.isLast = true
+  draw()
+})
+api.addEventListener('reconnected', () => {
+  announcedAs = undefined // it may be another server process
+})
+api.addEventListener('status', announce)
+
+app.registerExtension({
+  name: 'Slipstream.Verdicts',
+  async setup() {
+    isReady = true
+    await announce()
+  },
+  afterConfigureGraph: draw
+})
