@@ -1,0 +1,464 @@
+"""Drives a real ComfyUI server and a real browser the way a user would.
+
+::
+
+    with Server(comfyui, base_directory) as server, Browser(chromium) as browser:
+        page = browser.open(server, renderer="vue")
+        page.load(workflow)                  # or page.open_template("slipstream", "SDXL - DeepCache")
+        assert page.run().status == "success"
+        assert page.verdicts(7)[0].state == "active"
+        page.reload()
+        assert page.verdicts(7)[0].is_last
+        assert not page.problems()
+
+Nodes are named by execution id: ``7`` in the root graph, ``"12:7"`` for node 7 inside subgraph node 12.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, Locator, sync_playwright
+from playwright.sync_api import Page as PlaywrightPage
+
+Renderer = Literal["classic", "vue"]
+Theme = Literal["dark", "light"]
+Status = Literal["success", "error", "interrupted", "refused"]
+NodeId = int | str
+
+CHROMIUM_ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+# A page of ComfyUI without any pack reports these by itself: files that a fresh user does not have yet.
+_STOCK_PROBLEMS = (
+    "/user.css",
+    "/favicon.ico",
+    "/userdata",
+    "graph accessed before initialization",
+)
+
+_HELPERS = """
+() => {
+  if (window.slipstreamTest) return
+  const ends = {}
+  for (const status of ['success', 'error', 'interrupted'])
+    app.api.addEventListener(`execution_${status}`, ({ detail }) => { ends[detail.prompt_id] = { ...detail, status } })
+  const node = (id) => {
+    let graph = app.rootGraph ?? app.graph, found
+    for (const part of String(id).split(':')) {
+      found = graph?.nodes.find((node) => String(node.id) === part)
+      graph = found?.subgraph
+    }
+    return found
+  }
+  window.slipstreamTest = { ends, node }
+}
+"""
+
+_READ_VERDICTS = """
+(id) => {
+  const node = slipstreamTest.node(id)
+  if (!node) throw new Error(`no node ${id}`)
+  const widget = node.widgets?.find((widget) => widget.element?.matches('.slipstream-verdict') && !widget.hidden)
+  return [...(widget?.element.querySelectorAll('[data-state]') ?? [])].map((row) => {
+    const box = row.getBoundingClientRect()
+    const x = box.x + box.width / 2, y = box.y + box.height / 2
+    return {
+      state: row.dataset.state,
+      text: row.querySelector('.slipstream-verdict__text').textContent,
+      is_last: row.hasAttribute('data-last'),
+      is_visible: row.contains(document.elementFromPoint(x, y))
+    }
+  })
+}
+"""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A ComfyUI server on the CPU, on a free port, with everything it writes in ``base_directory``.
+
+    Args:
+        comfyui: The directory of ``main.py``.
+        base_directory: Where ``custom_nodes/`` is looked for; made if it is missing. Its models are the only ones.
+        arguments: Further command line arguments, as ``["--front-end-root", path]``.
+        python: The interpreter with ComfyUI's requirements.
+        start_s: How long it may take to answer.
+
+    Raises:
+        RuntimeError: It ended, or did not answer in time. The message holds the end of its log.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        base_directory: Path,
+        arguments: Sequence[str] = (),
+        python: str = sys.executable,
+        start_s: float = 180,
+    ) -> None:
+        self.base_directory = base_directory
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.log = base_directory / "server.log"
+        (base_directory / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        database = f"sqlite:///{base_directory / 'comfyui.db'}"
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(python, "main.py", "--cpu", "--disable-auto-launch", "--port", str(port)),
+                    *("--base-directory", str(base_directory), "--database-url", database, *arguments),
+                ],
+                cwd=comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._wait(start_s)
+
+    def _wait(self, start_s: float) -> None:
+        deadline = time.monotonic() + start_s
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+        self.close()
+        raise RuntimeError(f"ComfyUI did not start. Its log ends with:\n{self.log.read_text()[-3000:]}")
+
+    def get(self, path: str) -> Any:
+        """What the server answers on a route, from JSON."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def close(self) -> None:
+        """Stops the server."""
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Browser:
+    """A headless Chromium.
+
+    Args:
+        executable: Its path; None for the one that playwright installed.
+    """
+
+    def __init__(self, executable: str | None = None) -> None:
+        self._playwright = sync_playwright().start()
+        self._browser = self._playwright.chromium.launch(executable_path=executable, args=list(CHROMIUM_ARGUMENTS))
+
+    def open(
+        self,
+        server: Server,
+        renderer: Renderer = "classic",
+        theme: Theme = "dark",
+        settings: dict[str, Any] | None = None,
+    ) -> Page:
+        """A new user's page, with the canvas ready. Settings are the server's, so a later page changes them for all."""
+        context = self._browser.new_context(viewport={"width": 1500, "height": 900})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        chosen = {
+            "Comfy.TutorialCompleted": True,
+            "Comfy.VueNodes.Enabled": renderer == "vue",
+            "Comfy.ColorPalette": theme,
+            **(settings or {}),
+        }
+        answer = context.request.post(f"{server.url}/api/settings", data=json.dumps(chosen))
+        if not answer.ok:
+            raise RuntimeError(f"the server refused the settings {chosen}: {answer.status}")
+        return Page(context, server)
+
+    def close(self) -> None:
+        """Closes the browser with all its pages."""
+        self._browser.close()
+        self._playwright.stop()
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class VerdictLine:
+    """One line that a node shows.
+
+    Attributes:
+        state: ``running``, ``active``, ``inert``, ``off``, ``failed`` or ``interrupted``.
+        text: As displayed.
+        is_last: Shown as from the run before.
+        is_visible: In view and not covered: what is in its middle is this line.
+    """
+
+    state: str
+    text: str
+    is_last: bool
+    is_visible: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a prompt ended.
+
+    Attributes:
+        status: ``refused``: the server did not accept the prompt.
+        prompt_id: Empty if it was refused.
+        message: The exception's or the refusal's, empty otherwise.
+        node_id: The execution id of the node that raised, empty otherwise.
+    """
+
+    status: Status
+    prompt_id: str
+    message: str = ""
+    node_id: str = ""
+
+
+@dataclass
+class Page:
+    """One browser window with ComfyUI in it. ``page`` is playwright's own, for whatever is missing here."""
+
+    context: BrowserContext
+    server: Server
+    page: PlaywrightPage = field(init=False)
+    _problems: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page = self.context.new_page()
+        self.page.on("console", self._note_console)
+        self.page.on("pageerror", lambda error: self._problems.append(f"exception: {error}"))
+        self.page.goto(self.server.url)
+        self._wait_until_ready()
+
+    def _note_console(self, message: ConsoleMessage) -> None:
+        url = (message.location or {}).get("url", "")
+        is_ours = "/extensions/" in url or "slipstream" in message.text.lower()
+        if message.type == "error" or (message.type == "warning" and is_ours):
+            self._problems.append(f"{message.type}: {message.text} ({url})")
+
+    def problems(self) -> list[str]:
+        """Exceptions, console errors, and warnings about extensions, without those that the host makes by itself."""
+        return [
+            problem
+            for problem in self._problems
+            if not any(stock in problem for stock in _STOCK_PROBLEMS)
+            and not ("Failed to load resource" in problem and self.server.url not in problem)
+        ]
+
+    def _wait_until_ready(self) -> None:
+        self.page.wait_for_function(
+            "() => window.app?.vueAppReady && app.graph?.nodes && app.api?.clientId", timeout=60_000
+        )
+        self.page.evaluate(_HELPERS)
+        self.page.get_by_test_id("queue-button").or_(self.page.locator(".queue-button-group")).first.wait_for()
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the page has drawn what it knows."""
+        self.page.wait_for_timeout(300)
+
+    def reload(self) -> None:
+        """Reloads the page; ComfyUI opens the same workflows again."""
+        self.page.wait_for_timeout(1000)  # the host saves its draft of an unsaved workflow half a second after a change
+        self.page.reload()
+        self._wait_until_ready()
+        self.page.wait_for_timeout(1000)
+
+    def load(self, workflow: dict[str, Any], name: str = "test") -> None:
+        """Opens a workflow (the saved format, not the API's) in a new tab, as File > Open does."""
+        data = json.dumps(workflow).encode()
+        with self._another_workflow():
+            file = FilePayload(name=f"{name}.json", mimeType="application/json", buffer=data)
+            self.page.locator("#comfy-file-input").set_input_files(file)
+
+    @contextmanager
+    def _another_workflow(self) -> Iterator[None]:
+        active = "app.extensionManager.workflow.activeWorkflow"
+        self.page.evaluate(f"() => {{ slipstreamTest.before = {active} }}")
+        yield
+        self.page.wait_for_function(f"() => {active} && {active} !== slipstreamTest.before")
+        self.settle()
+
+    def open_template(self, pack: str, title: str) -> None:
+        """Opens a template of a pack (its folder's name) by title (its file's name) from the Templates browser.
+
+        The host opens no second tab for the template that is already in front.
+        """
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        dialog = self.page.get_by_role("dialog").last
+        dialog.get_by_text(pack, exact=True).first.click()
+        dialog.get_by_test_id(f"template-workflow-{title}").click()
+        dialog.wait_for(state="hidden")
+        is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
+        self.page.wait_for_function(is_open, arg=title)
+        self.settle()
+
+    def open_tab(self, name: str) -> None:
+        """Goes to an open workflow's tab."""
+        self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click()
+        self.page.wait_for_function(
+            "(name) => app.extensionManager.workflow.activeWorkflow.filename === name", arg=name
+        )
+        self.settle()
+
+    def queue(self) -> str | Outcome:
+        """Presses Run. Returns the prompt's id, or the outcome if the server refused it."""
+        with self.page.expect_response(lambda response: response.url.endswith("/prompt")) as posted:
+            self.page.get_by_test_id("queue-button").first.click()
+        answer = posted.value.json()
+        if "prompt_id" in answer:
+            return str(answer["prompt_id"])
+        errors = [
+            error["details"] or error["message"] for node in answer["node_errors"].values() for error in node["errors"]
+        ]
+        return Outcome("refused", "", "; ".join([answer["error"]["message"], *errors]))
+
+    def wait(self, prompt_id: str, timeout_s: float = 120) -> Outcome:
+        """Waits until the page has heard of a prompt's end."""
+        end = self.page.wait_for_function(
+            "(id) => slipstreamTest.ends[id]", arg=prompt_id, timeout=timeout_s * 1000
+        ).json_value()
+        self.settle()
+        node_id = str(end.get("node_id", "")) if end["status"] != "success" else ""
+        return Outcome(end["status"], prompt_id, end.get("exception_message", "").strip(), node_id)
+
+    def run(self, timeout_s: float = 120) -> Outcome:
+        """Presses Run and waits for the end."""
+        queued = self.queue()
+        return queued if isinstance(queued, Outcome) else self.wait(queued, timeout_s)
+
+    def interrupt(self) -> None:
+        """Stops the running prompt, as its Cancel button does."""
+        self.page.evaluate("() => app.api.interrupt()")
+
+    def verdicts(self, node: NodeId) -> list[VerdictLine]:
+        """What a node says about its last run, line by line; empty if it shows nothing."""
+        return [VerdictLine(**line) for line in self.page.evaluate(_READ_VERDICTS, node)]
+
+    def wait_for_verdict(
+        self, node: NodeId, accept: Callable[[list[VerdictLine]], bool], timeout_s: float = 30
+    ) -> list[VerdictLine]:
+        """The node's lines as soon as ``accept`` likes them.
+
+        Raises:
+            TimeoutError: It never did; the message holds what was shown last.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not accept(lines := self.verdicts(node)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"node {node} shows {lines}")
+            self.page.wait_for_timeout(50)
+        return lines
+
+    def set_widget(self, node: NodeId, widget: str, value: object) -> None:
+        """Gives a node's widget a value."""
+        self.page.evaluate(
+            """([id, name, value]) => {
+                const node = slipstreamTest.node(id)
+                const widget = node.widgets.find((widget) => widget.name === name)
+                widget.value = value
+                widget.callback?.(value, app.canvas, node)
+            }""",
+            [node, widget, value],
+        )
+
+    def press(self, keys: str, node: NodeId) -> None:
+        """Selects one node and presses keys on the canvas: ``Control+b`` bypasses, ``Control+m`` mutes."""
+        self.page.evaluate(
+            """(id) => {
+                app.canvas.canvas.focus()
+                app.canvas.deselectAll()
+                app.canvas.select(slipstreamTest.node(id))
+            }""",
+            node,
+        )
+        self.page.keyboard.press(keys)
+        self.settle()
+
+    def mode(self, node: NodeId) -> int:
+        """A node's mode: 0 runs, 2 is muted, 4 is bypassed."""
+        return int(self.page.evaluate("(id) => slipstreamTest.node(id).mode", node))
+
+    def enter_subgraph(self, node: NodeId) -> None:
+        """Opens a subgraph node."""
+        self.page.evaluate(
+            "(id) => { const n = slipstreamTest.node(id); app.canvas.openSubgraph(n.subgraph, n) }", node
+        )
+        self.settle()
+
+    def leave_subgraph(self) -> None:
+        """Goes back to the root graph."""
+        self.page.evaluate("() => app.canvas.setGraph(app.rootGraph ?? app.graph)")
+        self.settle()
+
+    def workflow(self) -> dict[str, Any]:
+        """The open workflow as it would be saved, but for the view's position."""
+        saved = json.loads(self.page.evaluate("() => JSON.stringify((app.rootGraph ?? app.graph).serialize())"))
+        saved.get("extra", {}).pop("ds", None)
+        return dict(saved)
+
+    def prompt(self) -> dict[str, Any]:
+        """The open workflow as it would be queued."""
+        return dict(self.page.evaluate("async () => (await app.graphToPrompt()).output"))
+
+    def is_modified(self) -> bool:
+        """Whether the host thinks that the open workflow has changes to save."""
+        return bool(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified"))
+
+    def images(self) -> Locator:
+        """The output images that the nodes show in the page (in the Vue renderer; the classic one paints them)."""
+        return self.page.locator("[data-node-id] img[src*='/view']")
+
+    def errors(self) -> list[str]:
+        """The error messages that the page shows its user."""
+        shown = self.page.locator(".p-toast-message-error, [data-testid='error-overlay'], [role='dialog']")
+        return [text for text in shown.all_inner_texts() if text.strip()]
+
+    def close_errors(self) -> None:
+        """Closes what :meth:`errors` returned. On older hosts it is a dialog over the whole page."""
+        while self.page.get_by_role("dialog").count():
+            self.page.keyboard.press("Escape")
+            self.settle()
+
+    def screenshot(self, path: Path) -> None:
+        """Writes a picture of the page."""
+        self.page.screenshot(path=str(path))

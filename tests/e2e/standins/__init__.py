@@ -1,0 +1,107 @@
+"""A test-only pack: the host's checkpoint loader returns small models for stand-in files, and faults can be had.
+
+The files are named as the templates name theirs, so that templates are opened and queued unmodified.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.taesd.taesd import TAESD
+from comfy_api.latest import ComfyExtension, io
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import small_models
+
+STANDINS = {"v1-5-pruned-emaonly-fp16.safetensors": "SD15", "sd_xl_base_1.0.safetensors": "SDXL"}
+
+
+class Clip:
+    """What CLIPTextEncode needs of a CLIP: a text gives noise that depends on it."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        generator = torch.Generator().manual_seed(sum(tokens.encode()))
+        context = torch.randn(1, 77, self.width, generator=generator)
+        return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+
+
+def vae() -> comfy.sd.VAE:
+    """A TAESD with random weights. Untrained models leave latents of any size: scaled down, they give a picture."""
+    taesd = TAESD()
+    small_models.initialize(taesd, 1)
+    return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
+
+
+def small(name: str):
+    family, config = small_models.CONFIGS[name]
+    # At the templates' sizes attention takes all the time: one block, at the lowest resolution.
+    for part in ("transformer_depth", "transformer_depth_output"):
+        config = {**config, part: [0] * len(config[part])}
+    model = small_models.build(family({**config, "transformer_depth_middle": 1}))
+    return model, Clip(config["context_dim"]), vae(), None
+
+
+load = comfy.sd.load_checkpoint_guess_config
+
+
+def load_or_stand_in(path, *args, **kwargs):
+    name = STANDINS.get(Path(path).name)
+    return load(path, *args, **kwargs) if name is None else small(name)
+
+
+comfy.sd.load_checkpoint_guess_config = load_or_stand_in
+
+
+class Fault(io.ComfyNode):
+    """Makes sampling slow, or fail at a step."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TestFault",
+            inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("fail_at", default=-1, min=-1),
+                io.Float.Input("step_s", default=0.0),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, fail_at, step_s):
+        clone, evaluations = model.clone(), []
+
+        def predict_noise(executor, *args, **kwargs):
+            evaluations.append(1)
+            deadline = time.monotonic() + step_s
+            while time.monotonic() < deadline:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                time.sleep(0.02)
+            if len(evaluations) > fail_at >= 0:
+                evaluations.clear()
+                raise RuntimeError("a planted fault")
+            return executor(*args, **kwargs)
+
+        clone.add_wrapper("predict_noise", predict_noise)
+        return io.NodeOutput(clone)
+
+
+class StandIns(ComfyExtension):
+    async def get_node_list(self):
+        return [Fault]
+
+
+async def comfy_entrypoint():
+    return StandIns()

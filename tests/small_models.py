@@ -1,0 +1,96 @@
+"""Small models in real ModelPatchers, built from the host's own classes. Needs the host, not the pack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.supported_models as families
+import torch
+from comfy.model_patcher import ModelPatcher
+
+CPU = torch.device("cpu")
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False,
+    "context_dim": 64,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
+    "num_classes": None,
+    "adm_in_channels": None,
+}
+
+XL = {
+    **UNET,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 3, 3],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+    "transformer_depth_middle": 3,
+    "use_linear_in_transformer": True,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SD15": (families.SD15, UNET),
+    "SD20": (families.SD20, {**UNET, "use_linear_in_transformer": True, "model_channels": 64}),
+    "SDXL": (families.SDXL, {**XL, "model_channels": 64}),
+    "SSD1B": (families.SSD1B, {**XL, "model_channels": 64, "transformer_depth_middle": -1}),
+    "SDXLRefiner": (
+        families.SDXLRefiner,
+        {
+            **UNET,
+            "model_channels": 64,
+            "transformer_depth": [0, 0, 2, 2, 2, 2, 0, 0],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0],
+            "transformer_depth_middle": 2,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2560,
+        },
+    ),
+}
+
+DIT = (
+    families.AuraFlow,
+    {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "in_channels": 4, "dim": 64, "n_heads": 4},
+)
+
+
+def initialize(module: torch.nn.Module, seed: int) -> None:
+    """Weights that keep activations near 1. The host leaves them uninitialized, to be loaded."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+
+
+def build(config: Any, seed: int = 0) -> ModelPatcher:
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device=CPU)
+    initialize(model.diffusion_model, seed)
+    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
+    """A small model of a family, or ``DiT``."""
+    family, config = DIT if name == "DiT" else CONFIGS[name]
+    return build(family(dict(config)), seed)
