@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from loading import ROOT, find_comfyui, load_host, load_pack
+from loading import ROOT, find_chromium, find_comfyui, load_host, load_pack
 
 COMFYUI = find_comfyui()
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = {
     "host": None if COMFYUI else "no ComfyUI was found (set COMFYUI_PATH)",
-    "e2e": None if COMFYUI and CHROMIUM else "no ComfyUI or no Chromium was found",
+    "e2e": None if COMFYUI and find_chromium() else "no ComfyUI or no Chromium was found",
 }
 
 # At import: pytest imports the suites' own conftest files, which import the host, before any hook runs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def find_comfyui() -> Path | None:
     named = os.environ.get("COMFYUI_PATH")
     places = [Path(named)] if named else [ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI"]
     return next((place.resolve() for place in places if (place / "comfy" / "model_patcher.py").is_file()), None)
+
+
+def find_chromium() -> str | None:
+    """A Chromium or Chrome on the path."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def load_pack() -> None:

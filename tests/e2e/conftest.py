@@ -1,0 +1,69 @@
+"""One real server and one real browser for all tests; a new user's page for each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from browser import Browser, Page, Server
+from loading import ROOT, find_chromium, find_comfyui
+
+from workflows import TEMPLATES, Workflow
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfyui")
+    packs, checkpoints = base / "custom_nodes", base / "models" / "checkpoints"
+    packs.mkdir()
+    checkpoints.mkdir(parents=True)
+    (packs / "slipstream").symlink_to(ROOT)
+    (packs / "standins").symlink_to(Path(__file__).with_name("standins"))
+    for template in TEMPLATES.values():
+        for node in template["nodes"]:
+            if node["type"] == "CheckpointLoaderSimple":
+                (checkpoints / node["widgets_values"][0]).touch()
+    comfyui = find_comfyui()
+    assert comfyui is not None
+    with Server(comfyui, base) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with Browser(find_chromium()) as started:
+        yield started
+
+
+@pytest.fixture
+def open_page(server, browser, request) -> Iterator:
+    """Opens pages, and closes them at the end. With SLIPSTREAM_SCREENSHOTS set, a picture of each is kept there."""
+    pages: list[Page] = []
+
+    def opened(renderer="classic", **kwargs) -> Page:
+        pages.append(browser.open(server, renderer, **kwargs))
+        return pages[-1]
+
+    yield opened
+    folder = os.environ.get("SLIPSTREAM_SCREENSHOTS")
+    for number, page in enumerate(pages):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            page.screenshot(Path(folder) / f"{request.node.name.replace('/', '_')}-{number}.png")
+        page.context.close()
+
+
+@pytest.fixture(params=["classic", "vue"])
+def page(request, open_page) -> Page:
+    return open_page(request.param)
+
+
+@pytest.fixture
+def workflow() -> Workflow:
+    return Workflow()
