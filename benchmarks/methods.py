@@ -41,8 +41,10 @@ SETTINGS = {"SlipstreamCFGCutoff": {"cutoff": 0.5}}
 def methods(steps: int, runs: int, size: int) -> None:
     """Time each variant on the full-size UNet."""
     import hosted
+    import small_models
 
-    model = hosted.build(hosted.families.SD15({**hosted.UNET, **SD15}))
+    family, config = small_models.CONFIGS["SD15"]
+    model = hosted.build(family({**config, **SD15}))
     positive, negative = hosted.prompt(model, 10, tokens=77), hosted.prompt(model, 11, tokens=77)
     patchers = {}
     for name, nodes in VARIANTS.items():

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from .engine import add, model_node, option
+from .engine import add, model_node, option, percent_range
 from .methods.deepcache import MAX_BRANCH, MAX_INTERVAL, SCHEDULES, DeepCache
 
 
@@ -49,25 +49,9 @@ class SlipstreamDeepCache(io.ComfyNode):
                         "30 % of the run, where features change fastest; better at large intervals."
                     ),
                 ),
-                option(
-                    io.Float,
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the timesteps before which every step is full. 0 is the noisiest.",
-                    advanced=True,
-                ),
-                option(
-                    io.Float,
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the timesteps after which every step is full.",
-                    advanced=True,
+                *percent_range(
+                    "Fraction of the timesteps before which every step is full.",
+                    "Fraction of the timesteps after which every step is full.",
                 ),
             ],
         )

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from .engine import add, describe, model_node, option
+from .engine import add, describe, model_node, option, percent_range
 from .methods.freeu import PRESETS, VERSIONS, FreeU, preset_values
 
 
@@ -43,25 +43,9 @@ class SlipstreamFreeU(io.ComfyNode):
                 ),
                 factor("s1", 0.9, "Skip factor of the deepest blocks; used with preset custom. 1 changes nothing."),
                 factor("s2", 0.2, "Skip factor of the next wider blocks; used with preset custom. 1 changes nothing."),
-                option(
-                    io.Float,
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the timesteps at which it begins. 0 is the noisiest.",
-                    advanced=True,
-                ),
-                option(
-                    io.Float,
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the timesteps at which it ends.",
-                    advanced=True,
+                *percent_range(
+                    "Fraction of the timesteps at which it begins.",
+                    "Fraction of the timesteps at which it ends.",
                 ),
             ],
         )

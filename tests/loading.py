@@ -15,7 +15,8 @@ PACK = "slipstream_pack"
 def find_comfyui() -> Path | None:
     """`COMFYUI_PATH`, else around the pack, else comfy-cli's default workspace."""
     named = os.environ.get("COMFYUI_PATH")
-    places = [Path(named)] if named else [ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI"]
+    around = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
+    places = [Path(named)] if named else [*around, Path.home() / "comfy" / "ComfyUI"]
     return next((place.resolve() for place in places if (place / "comfy" / "model_patcher.py").is_file()), None)
 
 

@@ -6,7 +6,7 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 """
 
 from .models import describe
-from .node import add, model_node, option
+from .node import add, model_node, option, percent_range
 from .plan import Plan, plan_of
 
-__all__ = ["Plan", "add", "describe", "model_node", "option", "plan_of"]
+__all__ = ["Plan", "add", "describe", "model_node", "option", "percent_range", "plan_of"]

@@ -36,6 +36,9 @@ class HostGuidance:
         conds = self.guider.conds
         if not conds.get("positive") or not any(conds[name] for name in conds if name != "positive"):
             return False
+        # DualModelGuider, which loads its second model only if it will be needed.
+        if getattr(self.guider, "uncond_inner", self) is None:
+            return False
         # Only the plain guider's cfg is its whole guidance; others keep the attribute's default.
         is_plain = type(self.guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
         return not (is_plain and math.isclose(self.guider.cfg, 1.0) and not self._must_keep_negative)
@@ -45,8 +48,17 @@ class HostGuidance:
         return bool(self.model_options.get("disable_cfg1_optimization", False))
 
     @property
+    def has_own_arithmetic(self) -> bool:
+        return "sampler_cfg_function" in self.model_options
+
+    @property
     def conditions(self) -> int:
-        return sum(len(conds) for conds in self.guider.conds.values() if conds)
+        sigma = float(self.timestep.flatten()[0])
+        return sum(
+            cond.get("timestep_start", sigma) >= sigma >= cond.get("timestep_end", sigma)
+            for conds in self.guider.conds.values()
+            for cond in conds or ()
+        )
 
     def guided(self) -> torch.Tensor:
         return self.executor(self.x, self.timestep, self.model_options, self.seed)
@@ -56,8 +68,8 @@ class HostGuidance:
 
         This is the host's `sampling_function` at cfg 1.0, except that the slot of the negative
         holds the positive prediction and not zeros: cfg++ samplers read it. Whatever combines the
-        two (`sampler_cfg_function`, a guider's own arithmetic) is left out, since all it could do
-        is return the positive or, as Perp-Neg, divide by the norm of the difference.
+        two (`sampler_cfg_function`, a guider's own arithmetic) is left out: it is the guidance, and
+        some of it, as Perp-Neg, would divide by the norm of a difference that is zero.
         """
         model, options, sigma = self.guider.inner_model, self.model_options, self.timestep
         positive = self.guider.conds["positive"]
@@ -69,12 +81,13 @@ class HostGuidance:
             prediction = calc_cond_batch({**common, "conds": conds})[0]
         else:
             prediction = comfy.samplers.calc_cond_batch(model, conds, self.x, sigma, options)[0]
-        predictions = [prediction, prediction]
+        # Copies: the host's slots are tensors of their own, and functions may write into them.
+        predictions = [prediction, prediction.clone()]
         for function in options.get("sampler_pre_cfg_function", []):
             predictions = function(
                 {**common, "conds": conds, "conds_out": predictions, "cond_scale": 1.0, "timestep": sigma}
             )
-        denoised = predictions[0]
+        denoised = predictions[0].clone()
         for function in options.get("sampler_post_cfg_function", []):
             denoised = function(
                 {

@@ -36,11 +36,12 @@ def describe(patcher: Any, model_options: dict[str, Any]) -> Model:
     family = next((name for kind, name in FAMILIES if isinstance(config, kind)), None)
     name = type(config).__name__
     caches = _caches(model_options.get("transformer_options", {}))
+    compiler = "ComfyUI's TorchCompileModel" if "torch_compile_kwargs" in model_options else None
     if not is_image_unet(module):
-        return Model(name, None, None, 0, 0, caches)
+        return Model(name, None, None, 0, 0, caches, compiler)
     depth = len(module.input_blocks)
     blocks = depth + len(module.output_blocks) + (module.middle_block is not None)
-    return Model(name, family, module.model_channels, depth, blocks, caches)
+    return Model(name, family, module.model_channels, depth, blocks, caches, compiler)
 
 
 def _caches(transformer_options: dict[str, Any]) -> tuple[str, ...]:

@@ -25,6 +25,15 @@ def option(kind: Any, name: str, **arguments: Any) -> Any:
     return kind.Input(name, **supported(kind.Input.__init__, **arguments))
 
 
+def percent_range(starts: str, ends: str) -> list[Any]:
+    """The inputs start_percent and end_percent, fractions of the timesteps, told as `starts` and `ends`."""
+    common = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    return [
+        option(io.Float, "start_percent", default=0.0, tooltip=f"{starts} 0 is the noisiest.", **common),
+        option(io.Float, "end_percent", default=1.0, tooltip=ends, **common),
+    ]
+
+
 def model_node(node_id: str, display_name: str, description: str, aliases: list[str], options: list[Any]) -> io.Schema:
     """The schema of a node that takes a MODEL and returns it with one more configuration."""
     return io.Schema(
@@ -63,7 +72,7 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
     source = _node_of(node)
     off = config.off()
     if off is not None:
-        verdicts.publish_off(source, f"off: {off}")
+        verdicts.publish_off(source, off)
         return io.NodeOutput(model)
     config.check(models.describe(model, model.model_options))
     plan = plan_of(model).adding(Entry(config, (source,), suggested))
@@ -72,11 +81,15 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
     # The host appends wrappers: without this, two of our nodes would start the engine twice.
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling.outer_sample)
+    verdicts.publish_added(source)
     return io.NodeOutput(clone)
 
 
 def _node_of(node: type[io.ComfyNode]) -> Node:
     unique_id, graph = str(node.hidden.unique_id), node.hidden.dynprompt
     # A node that another one expanded into is shown as that one.
-    shown = graph.get_display_node_id(unique_id) if graph is not None else unique_id
-    return Node(str(shown), node.define_schema().node_id)
+    shown = str(graph.get_display_node_id(unique_id)) if graph is not None else unique_id
+    is_expanded = shown != unique_id
+    return Node(
+        shown, graph.get_node(shown)["class_type"] if is_expanded else node.define_schema().node_id, is_expanded
+    )

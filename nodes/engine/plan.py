@@ -22,10 +22,12 @@ class Node:
     Attributes:
         id: its id in the graph on display (``7``, or ``12:7`` inside a subgraph).
         type: its node id in the registry, such as ``SlipstreamDeepCache``.
+        is_expanded: whether it stands for a node of ours that it expanded into.
     """
 
     id: str
     type: str
+    is_expanded: bool = False
 
 
 @dataclass(frozen=True)

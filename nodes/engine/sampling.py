@@ -12,6 +12,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from . import models, verdicts
 from .guidance import HostGuidance
 from .plan import KEY, Plan, plan_of
 from .record import Record
-from .unet import HostUNetCall
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class SamplingRun:
         self.around_unet: MethodRun | None = None
         self.at_output_block: list[MethodRun] = []
         self.evaluation: Evaluation | None = None
+        self.latent = torch.Size()
         self.occurrences: dict[Hashable, int] = {}
         # The host samples on several GPUs in threads, which share the counts.
         self.lock = threading.Lock()
@@ -133,7 +134,7 @@ class SamplingRun:
         self._remove()
         self.record.end(error)
         self.publish()
-        told = zip(self.plan.entries, self.verdicts(), strict=True)
+        told = zip(self.plan.entries, self.lines(), strict=True)
         logger.info("Slipstream: %s", "; ".join(f"{entry.config.title}: {line.text}" for entry, line in told))
         self.methods.clear()
         self.evaluation = self.around_evaluation = self.around_unet = None
@@ -152,6 +153,7 @@ class SamplingRun:
         sigma = float(timestep.flatten()[0])
         step = self.steps.at(sigma, self.record.step)
         self.evaluation = Evaluation(step, sigma)
+        self.latent = x.shape
         self.occurrences.clear()
         self.record.step = step
         self.record.evaluations += 1
@@ -182,8 +184,13 @@ class SamplingRun:
         # A guider may run a second, other model under the first one's options (DualModelGuider).
         if method is None or evaluation is None or not models.is_image_unet(executor.class_obj):
             return executor(x, timesteps, context, y, control, options, **kwargs)
+        # Here, since it uses more of the host's internals than the rest: if they change, this method alone fails.
+        from .unet import HostUNetCall
+
         with self.lock:
-            call = HostUNetCall(executor, x, timesteps, context, y, control, options, kwargs, self.occurrences)
+            call = HostUNetCall(
+                executor, x, timesteps, context, y, control, options, kwargs, self.latent, self.occurrences
+            )
         return method.unet(evaluation, call)
 
     def output_block(self, h: torch.Tensor, skip: torch.Tensor, transformer_options: dict[str, Any]):
@@ -194,13 +201,14 @@ class SamplingRun:
 
     # What is told.
 
-    def verdicts(self) -> list[verdicts.Line]:
+    def lines(self) -> list[verdicts.Line]:
         """One line for each entry of the plan, as things stand; also before its method could begin."""
         told = [method.verdict() for method in self.methods]
         told += [("inert", "")] * (len(self.plan.entries) - len(told))
         return [verdicts.line(self.record, state, text) for state, text in told]
 
     def publish(self) -> None:
-        for entry, line in zip(self.plan.entries, self.verdicts(), strict=True):
+        for entry, line in zip(self.plan.entries, self.lines(), strict=True):
             for node in entry.nodes:
-                verdicts.publish(self.where, node, line, self.record.as_dict(), self.number)
+                told = replace(line, text=f"{entry.config.title}: {line.text}") if node.is_expanded else line
+                verdicts.publish(self.where, node, told, self.record.as_dict(), (self.number, entry.config.stem))

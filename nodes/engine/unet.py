@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import apply_control, forward_timestep_embed
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
 
@@ -17,6 +17,7 @@ class HostUNetCall:
     The arguments are those of the host's DIFFUSION_MODEL wrapper.
 
     Args:
+        latent: shape of the latent in this evaluation, (B, C, H, W).
         occurrences: how often each condition came so far in this evaluation; counted on.
     """
 
@@ -30,6 +31,7 @@ class HostUNetCall:
         control: dict[str, list[Any]] | None,
         transformer_options: dict[str, Any],
         kwargs: dict[str, Any],
+        latent: torch.Size,
         occurrences: dict[Hashable, int],
     ):
         self.executor = executor
@@ -41,27 +43,43 @@ class HostUNetCall:
         self.control = control
         self.options = transformer_options
         self.kwargs = kwargs
-        self.keys = self._keys(occurrences)
+        self.keys = self._keys(latent, occurrences)
 
-    def _keys(self, occurrences: dict[Hashable, int]) -> tuple[Hashable, ...]:
-        """What identifies each condition of this batch from one evaluation to the next.
+    def _keys(self, latent: torch.Size, occurrences: dict[Hashable, int]) -> tuple[Hashable, ...]:
+        """What identifies each part of this batch from one evaluation to the next.
 
-        A uuid alone does not: the host copies conditions with theirs into the other prompt, and
-        context windows and tiling wrappers run one several times in an evaluation. Which copy of
-        the model it runs on counts too (several GPUs).
+        A condition's uuid alone does not: the host copies conditions with theirs into the other
+        prompt, and windows and tiles run one several times in an evaluation. Which copy of the
+        model it runs on counts too (several GPUs).
+
+        Each condition has as many rows as the latent has images, unless frames are windowed, whose
+        numbers are then part of the key (windows move, so only known ones will do), or tiles
+        are batched, in an order that is the wrapper's own: such a batch is one part, or none.
         """
-        conds = self.options.get("cond_or_uncond", ())
-        uuids = self.options.get("uuids", ())
-        window = getattr(self.options.get("context_window"), "index_list", None)
-        if not conds or len(conds) != len(uuids) or self.x.shape[0] % len(conds):
-            conds, uuids = (None,), (None,)
-        shape = (self.x.shape[0] // len(conds), *self.x.shape[1:])
+        conds = tuple(self.options.get("cond_or_uncond", ()))
+        uuids = tuple(self.options.get("uuids", ()))
+        window = self._window()
+        rows = self.x.shape[0] / max(1, len(conds))
+        is_known = len(conds) == len(uuids) > 0 and (rows == latent[0] or (window is not None and rows % 1 == 0))
+        if is_known:
+            parts: list[Hashable] = list(zip(conds, uuids, strict=True))
+        elif self.x.shape[-2:] != latent[-2:]:
+            parts = [(conds, uuids)]
+        else:
+            return ()
         keys = []
-        for cond, uuid in zip(conds, uuids, strict=True):
-            key = (id(self.unet), cond, uuid, str(window), shape)
+        for part in parts:
+            key = (id(self.unet), part, window, tuple(self.x.shape[1:]), self.x.shape[0] // len(parts))
             occurrences[key] = occurrences.get(key, -1) + 1
             keys.append((*key, occurrences[key]))
         return tuple(keys)
+
+    def _window(self) -> tuple[int, ...] | None:
+        """The frames of a context window: core's, or AnimateDiff-Evolved's."""
+        frames = getattr(self.options.get("context_window"), "index_list", None)
+        if frames is None:
+            frames = (self.options.get("ad_params") or {}).get("sub_idxs")
+        return None if frames is None else tuple(frames)
 
     def _forward(self, options: dict[str, Any]) -> torch.Tensor:
         return self.executor(self.x, self.timesteps, self.context, self.y, self.control, options, **self.kwargs)
@@ -103,8 +121,8 @@ class HostUNetCall:
         skips = []
         for index, block in enumerate(unet.input_blocks[: branch + 1]):
             options["block"] = ("input", index)
-            h = forward_timestep_embed(block, h, emb, self.context, options)
-            h = apply_control(h, self.control, "input")
+            h = openaimodel.forward_timestep_embed(block, h, emb, self.context, options)
+            h = openaimodel.apply_control(h, self.control, "input")
             for patch in patches.get("input_block_patch", []):
                 h = patch(h, options)
             skips.append(h)
@@ -123,12 +141,12 @@ class HostUNetCall:
         h = deep
         for index, block in enumerate(unet.output_blocks[first:], first):
             options["block"] = ("output", index)
-            skip = apply_control(skips.pop(), self.control, "output")
+            skip = openaimodel.apply_control(skips.pop(), self.control, "output")
             for patch in patches.get("output_block_patch", []):
                 h, skip = patch(h, skip, options)
             if skip is not None:
                 h = torch.cat([h, skip], dim=1)
             output_shape = skips[-1].shape if skips else None
-            h = forward_timestep_embed(block, h, emb, self.context, options, output_shape)
+            h = openaimodel.forward_timestep_embed(block, h, emb, self.context, options, output_shape)
         h = h.type(x.dtype)
         return unet.id_predictor(h) if unet.predict_codebook_ids else unet.out(h)

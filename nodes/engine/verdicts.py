@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 EVENT = "slipstream.verdict"
 ROUTE = "/slipstream/verdicts"
 KEPT = 1000
+NOT_RUN = (0, "")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ _lock = threading.Lock()
 def line(record: Record, state: State, text: str) -> Line:
     """A method's verdict on itself, as the run's end makes it: an error or an interrupt comes first."""
     if record.status == "finished":
+        if record.model_calls and not record.evaluations:
+            return Line("inert", "did nothing: the sampler calls the model by itself, past the guider")
         return Line(state, text)
     if record.status == "running":
         return Line("running", "sampling")
@@ -110,12 +113,15 @@ def current_prompt() -> Prompt:
     if item is None:
         return Prompt(context.prompt_id, node=context.node_id, client=server.client_id)
     prompt, extra = item[2], item[3]
-    workflow = ((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+    # A client of the API may send anything as workflow, also text.
+    info = extra.get("extra_pnginfo")
+    workflow = info.get("workflow") if isinstance(info, dict) else None
+    workflow_id = workflow.get("id") if isinstance(workflow, dict) else None
     node_type = prompt.get(context.node_id, {}).get("class_type")
-    return Prompt(context.prompt_id, workflow, context.node_id, node_type, extra.get("client_id"))
+    return Prompt(context.prompt_id, workflow_id, context.node_id, node_type, extra.get("client_id"))
 
 
-def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: Any = None) -> None:
+def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: tuple[int, str] = NOT_RUN) -> None:
     """Set the line of one run on a node, and tell the client.
 
     Never raises for the server's sake: a verdict that cannot be sent must not cost the image.
@@ -125,7 +131,8 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
         node: the node that it is about.
         line: what to say.
         record: the run's counts.
-        run: what tells this run from the prompt's others; each has one line.
+        run: number of the run, and stem of the method: a node has one line for each. Without it the
+            line stands until the first run of this prompt.
     """
     with _lock:
         key = (where.workflow, node.id)
@@ -133,6 +140,8 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
         if verdict is None or where.id is None or verdict.prompt_id != where.id:
             verdict = Verdict(where.id, where.workflow, node)
         sampler = f"{where.node_type or 'node'} {where.node}"
+        if run != NOT_RUN:
+            verdict.lines.pop(NOT_RUN, None)
         verdict.lines[run] = {"sampler": sampler, **asdict(line)}
         verdict.record = record
         _kept[key] = verdict
@@ -146,9 +155,14 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
         logger.warning("Slipstream: a verdict could not be sent to the page", exc_info=True)
 
 
-def publish_off(node: Node, text: str) -> None:
+def publish_off(node: Node, why: str) -> None:
     """Say that a node does nothing by its own settings."""
-    publish(current_prompt(), node, Line("off", text), {})
+    publish(current_prompt(), node, Line("off", f"off: {why}"), {})
+
+
+def publish_added(node: Node) -> None:
+    """Say that a node did its part. Stands only where no sampler runs the model that it returned."""
+    publish(current_prompt(), node, Line("inert", "in the model's plan, but no sampler has run it in this prompt"), {})
 
 
 def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
@@ -165,7 +179,8 @@ def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
 def add_routes() -> None:
     """Serve the last verdicts. Asking for them is how a client says that our script is loaded."""
     server = _server()
-    if server is None:
+    # A second copy of the pack: the host would not start with two routes of one path.
+    if server is None or any(getattr(route, "path", None) == ROUTE for route in server.routes):
         return
     from aiohttp import web
 
@@ -173,6 +188,7 @@ def add_routes() -> None:
     async def get_verdicts(request: web.Request) -> web.Response:
         client = request.query.get("client_id")
         with _lock:
-            if client:
+            if client is not None and client in server.sockets:
+                _clients.intersection_update(server.sockets)
                 _clients.add(client)
             return web.json_response({"verdicts": [verdict.as_dict() for verdict in _kept.values()]})

@@ -69,6 +69,8 @@ class CFGCutoffRun(MethodRun):
         self.first_step = int(config.cutoff * len(run.steps))
         self.sigma = run.percent_to_sigma(config.cutoff) if config.unit == "timesteps" else None
         self.evaluations = 0
+        self.is_guided = False
+        self.left_out_arithmetic = False
         self.alone = 0
         self.began_at: int | None = None
         self.predictions = 0
@@ -83,15 +85,16 @@ class CFGCutoffRun(MethodRun):
 
     def predict_noise(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
         self.evaluations += 1
-        if not self.is_past(evaluation):
+        is_guided = guidance.is_guided
+        self.is_guided |= is_guided
+        if not is_guided or not self.is_past(evaluation):
             denoised = guidance.guided()
-            if guidance.is_guided:
+            if is_guided:
                 self.guided_predictions = evaluation.predictions
-        elif not guidance.is_guided:
-            denoised = guidance.guided()
         else:
             denoised = guidance.positive_alone()
             self.alone += 1
+            self.left_out_arithmetic |= guidance.has_own_arithmetic
             if self.began_at is None:
                 self.began_at = evaluation.step
             # A guided evaluation of this very run says what one takes, with every patch on the
@@ -120,12 +123,14 @@ class CFGCutoffRun(MethodRun):
                 f"; up to {self.still_evaluated} predictions an evaluation remained "
                 "(regional prompts, or a node such as SAG or PAG that evaluates more by itself)"
             )
+        if self.left_out_arithmetic:
+            text += "; another node's own way of combining predictions was left out with the guidance"
         return "active", text
 
     def _why_inert(self) -> str:
         if not self.evaluations:
             return "the model was not evaluated"
-        if self.guided_predictions is None:
+        if not self.is_guided:
             return "this run is not guided anyway (cfg 1.0, or a guider without a negative prompt)"
         where = f"step {self.first_step}" if self.sigma is None else f"{self.config.cutoff:.0%} of the timesteps"
         return f"the run of {len(self.steps)} steps ended before {where}; lower the cutoff"

@@ -92,6 +92,11 @@ class DeepCache(Configuration):
                 f"{self.title}: this model already has {' and '.join(model.caches)} on it, and two caches would each "
                 "skip what the other needs. Remove or bypass one of them."
             )
+        if model.compiler:
+            raise RuntimeError(
+                f"{self.title}: {model.compiler} on this model compiles the UNet as a whole and takes the graph of a "
+                "full step for a cached one. Remove or bypass one of them."
+            )
 
     def begin(self, run: Run) -> DeepCacheRun:
         return DeepCacheRun(self, run)
@@ -125,12 +130,14 @@ class DeepCacheRun(MethodRun):
         self.config = config
         self.branch = config.cache_branch_id
         self.blocks = run.model.blocks
+        self.steps = len(run.steps)
         in_range = run.sigma_range(config.start_percent, config.end_percent)
         self.range = [i for i, sigma in enumerate(run.steps.sigmas[:-1]) if in_range(sigma)]
         relative = full_steps(len(self.range), config.cache_interval, config.schedule)
         self.full_steps = [self.range[i] for i in relative]
         self.features: dict[Hashable, tuple[int, Tensor]] = {}
         self.calls: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self.misses = 0
         # The host samples on several GPUs in threads; each has keys of its own, counts are shared.
         self.lock = threading.Lock()
 
@@ -146,15 +153,20 @@ class DeepCacheRun(MethodRun):
         deep = None if source is None or source == step else self._fresh(call.keys, source, step)
         with self.lock:
             self.calls[step][deep is not None] += 1
+            self.misses += deep is None and source not in (None, step)
+            # What is older than the full step in force can't be used any more, here or in a later step.
+            outdated = [key for key, (kept, _) in self.features.items() if source is None or kept < source]
+            for key in outdated:
+                del self.features[key]
         if deep is not None:
             return call.partial(self.branch, deep)
-        if source is None:
-            self.features.clear()
+        if source is None or not call.keys:
             return call.full()[0]
         output, captured = call.full(self.branch)
         if captured is not None:
-            for key, features in zip(call.keys, captured.chunk(len(call.keys)), strict=True):
-                self.features[key] = (step, features)
+            with self.lock:
+                for key, features in zip(call.keys, captured.chunk(len(call.keys)), strict=True):
+                    self.features[key] = (step, features)
         return output
 
     def _fresh(self, keys: tuple[Hashable, ...], source: int, step: int) -> Tensor | None:
@@ -164,7 +176,7 @@ class DeepCacheRun(MethodRun):
         step, or back to before it. The step is then a full one for this batch.
         """
         entries = [self.features.get(key) for key in keys]
-        if any(entry is None or not source <= entry[0] <= step for entry in entries):
+        if not entries or any(entry is None or not source <= entry[0] <= step for entry in entries):
             return None
         return torch.cat([entry[1] for entry in entries if entry is not None])
 
@@ -175,7 +187,7 @@ class DeepCacheRun(MethodRun):
         if not partial:
             return "inert", f"reused nothing: {self._why_inert()}"
         return "active", (
-            f"reused the deep features in {reused} of {len(self.calls)} steps: "
+            f"reused the deep features in {reused} of {self.steps} steps: "
             f"{partial} of {calls} UNet calls ran {2 * (self.branch + 1)} of {self.blocks} blocks"
         )
 
@@ -187,5 +199,10 @@ class DeepCacheRun(MethodRun):
             return (
                 f"{len(self.range)} of this run's steps lie between start_percent {c.start_percent:g} and "
                 f"end_percent {c.end_percent:g}, and the first of them is always a full one"
+            )
+        if self.misses:
+            return (
+                f"in {self.misses} calls the model was given other conditions, windows or tiles than in the full step "
+                "before, or ones that cannot be told apart"
             )
         return f"all {len(self.calls)} steps that ran were full ones"

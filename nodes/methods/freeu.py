@@ -143,6 +143,16 @@ def scale_low_frequencies(skip: Tensor, s: float) -> Tensor:
     return filtered.real.to(skip.dtype)
 
 
+def has_fft(device: torch.device) -> bool:
+    """Whether a device can do it; DirectML and some others cannot. Tried on next to nothing, so that
+    what fails later, such as memory, is not mistaken for it."""
+    try:
+        scale_low_frequencies(torch.ones(1, 1, 2, 2, device=device), 1.0)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 class FreeURun(MethodRun):
     """Acts before each output block whose width it knows, within the range."""
 
@@ -155,7 +165,7 @@ class FreeURun(MethodRun):
         self.last: Evaluation | None = None
         self.blocks = 0
         self.passed = 0
-        self.has_fft = True
+        self.has_fft: bool | None = None
         # The host samples on several GPUs in threads; counts are shared between them.
         self.lock = threading.Lock()
 
@@ -173,14 +183,10 @@ class FreeURun(MethodRun):
         return scale_backbone(h, b, self.config.version), self._filtered(skip, s)
 
     def _filtered(self, skip: Tensor, s: float) -> Tensor:
-        # DirectML and some others have no FFT; the CPU does it then, and the verdict says so.
+        if self.has_fft is None:
+            self.has_fft = has_fft(skip.device)
         if self.has_fft:
-            try:
-                return scale_low_frequencies(skip, s)
-            except (RuntimeError, NotImplementedError):
-                if skip.device.type == "cpu":
-                    raise
-                self.has_fft = False
+            return scale_low_frequencies(skip, s)
         return scale_low_frequencies(skip.cpu(), s).to(skip.device)
 
     def verdict(self) -> tuple[State, str]:
@@ -189,7 +195,7 @@ class FreeURun(MethodRun):
         if not self.blocks:
             return "inert", f"changed nothing: {self._why_inert()}"
         text = f"{values}, on {self.blocks} block outputs in {self.evaluations} evaluations"
-        if not self.has_fft:
+        if self.has_fft is False:
             text += "; this device has no FFT, so the CPU filtered the skips, which is slow"
         return "active", text
 

@@ -33,6 +33,7 @@ class Model:
         depth: number of input blocks, which is that of output blocks and of skip connections.
         blocks: number of all blocks: input, middle (if it has one) and output.
         caches: other step caches on the same model, by the name of their node.
+        compiler: the node that compiles this model as a whole, if one does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Model:
     depth: int
     blocks: int
     caches: tuple[str, ...] = ()
+    compiler: str | None = None
 
     @property
     def is_unet(self) -> bool:
@@ -138,8 +140,12 @@ class Guidance(Protocol):
         """Whether anything besides the positive would be evaluated."""
 
     @property
+    def has_own_arithmetic(self) -> bool:
+        """Whether another node combines the predictions in its own way."""
+
+    @property
     def conditions(self) -> int:
-        """How many conditions all of the guider's prompts have together."""
+        """How many conditions of all the guider's prompts are in force at this noise level."""
 
     def guided(self) -> Tensor:
         """What the guider makes of it: the denoised latent, (B, C, H, W)."""
@@ -153,7 +159,8 @@ class UNetCall(Protocol):
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
-        """What identifies each condition of the batch from one evaluation to the next."""
+        """What identifies each part of the batch from one evaluation to the next, in equal parts along
+        the batch; empty if nothing does."""
 
     def full(self, branch: int | None = None) -> tuple[Tensor, Tensor | None]:
         """The host's own forward.

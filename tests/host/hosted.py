@@ -47,13 +47,14 @@ def sample(
     scheduler: str = "normal",
     seed: int = 1,
     image: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """What the KSampler node does: a latent (B, C, H, W)."""
     positive = prompt(patcher, 10) if positive is None else positive
     negative = prompt(patcher, 11) if negative is None else negative
     image = latent(patcher) if image is None else image
-    noise = comfy.sample.prepare_noise(image, seed)
+    noise = comfy.sample.prepare_noise(image, seed) if noise is None else noise
     with torch.inference_mode():
         return comfy.sample.sample(
             patcher,

@@ -217,10 +217,61 @@ def test_regional_prompts_keep_all_their_regions(model, last_lines):
     assert f"{counted.unet_calls} of {2 * guided} predictions evaluated; up to 3 predictions" in last_lines("2")[0][1]
 
 
-@pytest.mark.parametrize("reason", ["cfg 1.0", "basic guider"])
+def test_conditions_outside_their_timesteps_are_not_counted_as_saved(model, last_lines):
+    early, late = (
+        prompt(model, 20, start_percent=0.0, end_percent=0.5),
+        prompt(model, 21, start_percent=0.5, end_percent=1.0),
+    )
+    model.model.memory_required = lambda *a, **k: 1e30
+    with Counter(model) as stock:
+        sample(model, early + late, steps=6)
+    with Counter(model) as counted:
+        sample(cutoff(model, 0.0), early + late, steps=6)
+    assert f"{counted.unet_calls} of {stock.unet_calls} predictions evaluated" in last_lines("2")[0][1]
+
+
+def test_a_guidance_function_of_another_node_that_is_left_out_is_told(model, last_lines):
+    patched = model.clone()
+    patched.set_model_sampler_cfg_function(lambda args: args["cond"] * 1.1)
+    sample(cutoff(patched))
+    assert last_lines("2")[0][1].endswith(
+        "another node's own way of combining predictions was left out with the guidance"
+    )
+
+
+def test_functions_after_guidance_may_write_into_what_they_get(model):
+    """As in the host, each slot is a tensor of its own."""
+    differences = []
+
+    def write(args):
+        args["cond_denoised"].add_(1.0)
+        differences.append((args["cond_denoised"] - args["uncond_denoised"]).abs().max().item())
+        return args["denoised"]
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(write)
+    out = sample(cutoff(patched, 0.0))
+    assert torch.equal(out, sample(model, cfg=1.0))
+    assert min(differences) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("reason", ["cfg 1.0", "basic guider", "two models, cfg 1.0"])
 def test_a_run_that_is_not_guided_anyway_is_inert_and_untouched(reason, model, last_lines):
     if reason == "cfg 1.0":
         out, expected = sample(cutoff(model), cfg=1.0), sample(model, cfg=1.0)
+    elif reason == "two models, cfg 1.0":
+        from comfy_extras import nodes_custom_sampler
+
+        if not hasattr(nodes_custom_sampler, "Guider_DualModel"):
+            pytest.skip("this host has no DualModelGuider")
+
+        def two_models(patcher):
+            guider = nodes_custom_sampler.Guider_DualModel(patcher, hosted.model("SD15", seed=9))
+            guider.set_conds(prompt(patcher, 10), prompt(patcher, 11))
+            guider.set_cfg(1.0)
+            return sample_with(guider)
+
+        out, expected = two_models(cutoff(model)), two_models(model)
     else:
         from comfy_extras.nodes_custom_sampler import Guider_Basic
 

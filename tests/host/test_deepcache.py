@@ -37,7 +37,7 @@ def call(patcher, control=None, patches=None, seed=0):
     # As a wrapper gets it: standing at itself, the host's forward next.
     executor = WrapperExecutor.new_class_executor(unet._forward, unet, [None])
     return hosted.engine("unet").HostUNetCall(
-        executor, x, torch.tensor([500.0, 500.0]), context, y, control, options, {}, {}
+        executor, x, torch.tensor([500.0, 500.0]), context, y, control, options, {}, torch.Size((1, 4, 16, 16)), {}
     )
 
 
@@ -316,10 +316,12 @@ def test_cond_and_uncond_apart_or_in_batches_that_change(model, last_lines):
 
 
 def test_batches(model):
-    images = hosted.latent(model, batch=3)
-    out = sample(deepcache(model), image=images)
-    assert out.shape == images.shape
-    assert not torch.equal(out[0], out[1])
+    """Each image of a batch is what it is alone, from the same noise."""
+    together = sample(deepcache(model), image=hosted.latent(model, batch=3))
+    noise = comfy.sample.prepare_noise(hosted.latent(model, batch=3), 1)
+    for i in range(3):
+        alone = sample(deepcache(model), noise=noise[i : i + 1])
+        assert relative_error(together[i : i + 1], alone) < 1e-5
 
 
 def regional(patcher):
@@ -462,3 +464,118 @@ def test_the_other_model_of_a_two_model_guider_is_left_alone(model):
     guider.set_conds(prompt(model, 10), prompt(model, 11))
     guider.set_cfg(5.0)
     assert hosted.sample_with(guider).isfinite().all()
+
+
+# Wrappers of other packs that run the UNet in parts.
+
+
+def tiled(patcher, batched):
+    """A MultiDiffusion-like wrapper: four tiles one by one, or in one call, tile by tile with all conditions."""
+
+    def tiles_of(x):
+        return [x[..., :8, :8], x[..., :8, 8:], x[..., 8:, :8], x[..., 8:, 8:]]
+
+    def joined(tiles):
+        return torch.cat([torch.cat(tiles[:2], -1), torch.cat(tiles[2:], -1)], -2)
+
+    def wrapper(apply_model, arguments):
+        x, timestep, c = arguments["input"], arguments["timestep"], dict(arguments["c"])
+        if not batched:
+            return joined([apply_model(tile, timestep, **c) for tile in tiles_of(x)])
+        c["c_crossattn"] = c["c_crossattn"].repeat(4, 1, 1)
+        return joined(list(apply_model(torch.cat(tiles_of(x)), timestep.repeat(4), **c).chunk(4)))
+
+    clone = patcher.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+def test_tiles_never_take_the_features_of_other_tiles_or_conditions(batched, model, last_lines):
+    """When the cutoff drops the negative, a batch of tiles has another order: its first cached step runs in full."""
+    patcher = run_node("SlipstreamCFGCutoff", deepcache(tiled(model, batched)), "2", cutoff=0.5)
+    with Counter(model) as counted:
+        out = sample(patcher, steps=20)
+    calls = 1 if batched else 4
+    assert counted.unet_calls == 20 * calls
+    assert counted.blocks["middle"] == (7 + batched) * calls
+    exact = sample(run_node("SlipstreamCFGCutoff", tiled(model, batched), "2", cutoff=0.5), steps=20)
+    whole = sample(model, steps=20)
+    assert relative_error(out, exact) < 0.5 * relative_error(whole, exact)
+    assert f"in {13 - batched} of 20 steps" in last_lines("1")[0][1]
+
+
+def windowed(patcher, is_named):
+    """An AnimateDiff-like wrapper: eight frames in two windows of four, which move by a frame with every evaluation."""
+    evaluations = []
+
+    def calc_cond_batch(executor, model, conds, x, timestep, model_options):
+        evaluations.append(1)
+        outputs = [torch.zeros_like(x) for _ in conds]
+        frames = [(i + len(evaluations)) % 8 for i in range(8)]
+        for window in (frames[:4], frames[4:]):
+            options = {**model_options, "transformer_options": {**model_options["transformer_options"]}}
+            if is_named:
+                options["transformer_options"]["ad_params"] = {"sub_idxs": window}
+            parts = executor(model, conds, x[window], timestep[window], options)
+            for output, part in zip(outputs, parts, strict=True):
+                output[window] = part
+        return outputs
+
+    clone = patcher.clone()
+    clone.add_wrapper("calc_cond_batch", calc_cond_batch)
+    return clone
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_windows_that_move_are_reused_for_the_same_frames_only(is_named, model, last_lines):
+    patcher = windowed(deepcache(model, cache_interval=3), is_named)
+    with Counter(model) as counted:
+        out = sample(patcher, image=hosted.latent(model, batch=8), steps=6)
+    # No window comes twice within three steps here: every call is a full one, and the node says why.
+    assert counted.blocks["middle"] == counted.unet_calls == 12
+    ((state, text),) = last_lines("1")
+    assert state == "inert"
+    assert "other conditions, windows or tiles" in text
+    assert torch.equal(out, sample(windowed(model, is_named), image=hosted.latent(model, batch=8), steps=6))
+
+
+def test_features_are_kept_only_as_long_as_they_can_be_used(model):
+    """After the cutoff the negative's features go with the next full step."""
+    kept = []
+
+    def look(executor, *args, **kwargs):
+        (run,) = executor.class_obj.model_options["transformer_options"]["wrappers"]["diffusion_model"]["slipstream"]
+        output = executor(*args, **kwargs)
+        kept.append(len(run.__self__.around_unet.features))
+        return output
+
+    patcher = run_node("SlipstreamCFGCutoff", deepcache(model, cache_interval=3), "2", cutoff=0.5)
+    patcher.add_wrapper("predict_noise", look)
+    sample(patcher, steps=12)
+    assert kept == [2] * 6 + [1] * 6
+
+
+def test_what_other_packs_put_in_place_of_the_hosts_functions_runs_on_cached_steps_too(model, monkeypatch):
+    from comfy.ldm.modules.diffusionmodules import openaimodel
+
+    calls, original = [], openaimodel.forward_timestep_embed
+    monkeypatch.setattr(
+        openaimodel, "forward_timestep_embed", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    sample(deepcache(model, cache_interval=3), steps=3)
+    assert len(calls) == 25 + 2 + 2
+
+
+def test_cores_whole_model_compile_is_refused_wherever_it_is_wired(model):
+    """Its guards leave the transformer options out: the graph of a full step would serve a cached one."""
+
+    def compiled(patcher):
+        clone = patcher.clone()
+        clone.model_options["torch_compile_kwargs"] = {"backend": "inductor"}  # what set_torch_compile_wrapper leaves
+        return clone
+
+    with pytest.raises(RuntimeError, match=r"DeepCache: ComfyUI's TorchCompileModel"):
+        deepcache(compiled(model))
+    with pytest.raises(RuntimeError, match=r"DeepCache: ComfyUI's TorchCompileModel.*node 1"):
+        sample(compiled(deepcache(model)))

@@ -83,26 +83,28 @@ def test_other_widths_and_times_pass_unchanged_and_are_told():
 def test_a_device_without_fft_uses_the_cpu_and_says_so(monkeypatch):
     import slipstream_pack.nodes.methods.freeu as module
 
-    class Elsewhere(torch.Tensor):
-        device = torch.device("meta")
-
-    calls = []
-
-    def on_cpu_only(skip, s):
-        calls.append(type(skip))
-        if isinstance(skip, Elsewhere):
-            raise RuntimeError("fft is not implemented for this device")
-        return skip
-
-    monkeypatch.setattr(module, "scale_low_frequencies", on_cpu_only)
+    h, skip = features(1, 16, 4, 4), features(1, 6, 4, 4)
+    expected = begin().output_block(Evaluation(0, 1.0), h, skip)
+    monkeypatch.setattr(module, "has_fft", lambda device: False)
     run = begin()
-    skip = features(1, 6, 4, 4).as_subclass(Elsewhere)
-    monkeypatch.setattr(Elsewhere, "cpu", lambda self: features(1, 6, 4, 4))
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self)
-    for _ in range(2):
-        run.output_block(Evaluation(0, 1.0), features(1, 16, 4, 4), skip)
-    assert calls == [Elsewhere, torch.Tensor, torch.Tensor]
-    assert "this device has no FFT" in run.verdict()[1]
+    for a, b in zip(run.output_block(Evaluation(0, 1.0), h, skip), expected, strict=True):
+        assert torch.equal(a, b)
+    assert "this device has no FFT, so the CPU filtered the skips" in run.verdict()[1]
+
+
+def test_memory_that_runs_out_is_not_mistaken_for_a_device_without_fft(monkeypatch):
+    run, calls = begin(), []
+
+    def out_of_memory(*args, **kwargs):
+        calls.append(1)
+        raise torch.OutOfMemoryError("out of memory")
+
+    run.output_block(Evaluation(0, 1.0), features(1, 16, 4, 4), features(1, 6, 4, 4))
+    monkeypatch.setattr(torch.fft, "fftn", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.output_block(Evaluation(0, 1.0), features(1, 16, 4, 4), features(1, 6, 4, 4))
+    assert calls == [1]
+    assert run.has_fft
 
 
 def test_presets():
