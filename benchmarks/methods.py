@@ -38,8 +38,8 @@ VARIANTS = {
 SETTINGS = {"SlipstreamCFGCutoff": {"cutoff": 0.5}}
 
 
-def methods(steps: int, runs: int, size: int) -> None:
-    """Time each variant on the full-size UNet."""
+def methods(steps: int, runs: int, size: int, variants: list[str]) -> None:
+    """Time the variants on the full-size UNet."""
     import hosted
     import small_models
 
@@ -47,9 +47,9 @@ def methods(steps: int, runs: int, size: int) -> None:
     model = hosted.build(family({**config, **SD15}))
     positive, negative = hosted.prompt(model, 10, tokens=77), hosted.prompt(model, 11, tokens=77)
     patchers = {}
-    for name, nodes in VARIANTS.items():
+    for name in variants:
         patchers[name] = model
-        for node_id, node in enumerate(nodes, 1):
+        for node_id, node in enumerate(VARIANTS[name], 1):
             patchers[name] = hosted.run_node(node, patchers[name], str(node_id), **SETTINGS.get(node, {}))
 
     def run(name: str, steps: int) -> float:
@@ -58,11 +58,11 @@ def methods(steps: int, runs: int, size: int) -> None:
         hosted.sample(patchers[name], positive, negative, steps=steps, image=image)
         return time.perf_counter() - began
 
-    for name in VARIANTS:
+    for name in variants:
         run(name, 2)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(runs):
-        for name in VARIANTS:
+        for name in variants:
             times[name].append(run(name, steps))
             print(f"run {i + 1} of {runs}, {name}: {times[name][-1]:.1f} s", flush=True)
     stock = statistics.median(times["stock"])
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--size", type=int, default=256, help="of the image, in pixels")
     parser.add_argument("--only", choices=("methods", "overhead"))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS)[1:], default=list(VARIANTS)[1:], metavar="NAME")
     arguments = parser.parse_args()
     comfyui = find_comfyui()
     if comfyui is None:
@@ -125,7 +126,7 @@ def main() -> None:
     if arguments.only != "methods":
         overhead(200, 9)
     if arguments.only != "overhead":
-        methods(arguments.steps, arguments.runs, arguments.size)
+        methods(arguments.steps, arguments.runs, arguments.size, ["stock", *arguments.variants])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, Locator, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, sync_playwright
 from playwright.sync_api import Page as PlaywrightPage
 
 Renderer = Literal["classic", "vue"]
@@ -444,9 +444,20 @@ class Page:
         """Whether the host thinks that the open workflow has changes to save."""
         return bool(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified"))
 
-    def images(self) -> Locator:
-        """The output images that the nodes show in the page (in the Vue renderer; the classic one paints them)."""
-        return self.page.locator("[data-node-id] img[src*='/view']")
+    def shows_image(self, node: NodeId) -> bool:
+        """Whether a node shows a picture that has been loaded: painted by the classic renderer, or in the page."""
+        return bool(
+            self.page.evaluate(
+                """async (id) => {
+                    const node = slipstreamTest.node(id)
+                    const inPage = document.querySelector(`[data-node-id="${id}"] img[src*='/view']`)
+                    const image = inPage ?? node.imgs?.[0]
+                    await image?.decode?.()
+                    return image?.naturalWidth > 1 && (inPage === null || inPage.offsetWidth > 1)
+                }""",
+                node,
+            )
+        )
 
     def errors(self) -> list[str]:
         """The error messages that the page shows its user."""
