@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from comfy_execution.utils import get_executing_context
@@ -36,15 +36,20 @@ class Prompt:
         id: its id; None outside the server.
         workflow: the id of the workflow on display that it was queued from, if it says so.
         node: the id of the executing node: the sampler, while sampling.
-        node_type: that node's class.
         client: the client that queued it.
+        graph: its nodes by id, as the host got them.
     """
 
     id: str | None = None
     workflow: str | None = None
     node: str | None = None
-    node_type: str | None = None
     client: str | None = None
+    graph: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def sampler(self) -> str:
+        """What to call the executing node, such as ``KSampler 3``."""
+        return f"{self.graph.get(self.node or '', {}).get('class_type', 'node')} {self.node}"
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Line:
 
 @dataclass
 class Verdict:
-    """All that is known of one node: its lines in order, keyed by the run that each is from."""
+    """All that is known of one node: its inputs then, its lines in order, keyed by the run that each is from."""
 
     prompt_id: str | None
     workflow_id: str | None
     node: Node
+    inputs: dict[str, Any] | None = None
     lines: OrderedDict[Any, dict[str, str]] = field(default_factory=OrderedDict)
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -108,17 +114,24 @@ def current_prompt() -> Prompt:
     context, server = get_executing_context(), _server()
     if context is None or server is None:
         return Prompt()
+    return _find_prompt(server, context.prompt_id, context.node_id)
+
+
+def _find_prompt(server: Any, prompt_id: str, node: str | None = None) -> Prompt:
+    """A prompt that is running, or ran."""
     running, _ = server.prompt_queue.get_current_queue_volatile()
-    item = next((item for item in running if item[1] == context.prompt_id), None)
+    item = next((item for item in running if item[1] == prompt_id), None)
     if item is None:
-        return Prompt(context.prompt_id, node=context.node_id, client=server.client_id)
-    prompt, extra = item[2], item[3]
+        past = server.prompt_queue.get_history(prompt_id=prompt_id).get(prompt_id)
+        if past is None:
+            return Prompt(prompt_id, node=node, client=server.client_id)
+        item = past["prompt"]
+    graph, extra = item[2], item[3]
     # A client of the API may send anything as workflow, also text.
     info = extra.get("extra_pnginfo")
     workflow = info.get("workflow") if isinstance(info, dict) else None
     workflow_id = workflow.get("id") if isinstance(workflow, dict) else None
-    node_type = prompt.get(context.node_id, {}).get("class_type")
-    return Prompt(context.prompt_id, workflow_id, context.node_id, node_type, extra.get("client_id"))
+    return Prompt(prompt_id, workflow_id, node, extra.get("client_id"), graph)
 
 
 def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: tuple[int, str] = NOT_RUN) -> None:
@@ -138,11 +151,10 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
         key = (where.workflow, node.id)
         verdict = _kept.get(key)
         if verdict is None or where.id is None or verdict.prompt_id != where.id:
-            verdict = Verdict(where.id, where.workflow, node)
-        sampler = f"{where.node_type or 'node'} {where.node}"
+            verdict = Verdict(where.id, where.workflow, node, where.graph.get(node.id, {}).get("inputs"))
         if run != NOT_RUN:
             verdict.lines.pop(NOT_RUN, None)
-        verdict.lines[run] = {"sampler": sampler, **asdict(line)}
+        verdict.lines[run] = {"sampler": where.sampler, **asdict(line)}
         verdict.record = record
         _kept[key] = verdict
         _kept.move_to_end(key)
@@ -176,6 +188,22 @@ def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
         server.send_progress_text("\n".join(entry["text"] for entry in data["lines"]), node.id, where.client)
 
 
+def _adopt(where: Prompt) -> None:
+    """Give a prompt's nodes the verdicts that equal nodes got when another workflow ran: the host's
+    cache, which knows no workflows, answered for them, and there was no run to tell of."""
+    for node_id, node in where.graph.items():
+        if (where.workflow, node_id) in _kept:
+            continue
+        equal = (
+            verdict
+            for verdict in reversed(_kept.values())
+            if (verdict.node.id, verdict.node.type, verdict.inputs) == (node_id, node["class_type"], node["inputs"])
+        )
+        found = next(equal, None)
+        if found is not None:
+            _kept[where.workflow, node_id] = replace(found, workflow_id=where.workflow, lines=found.lines.copy())
+
+
 def add_routes() -> None:
     """Serve the last verdicts. Asking for them is how a client says that our script is loaded."""
     server = _server()
@@ -186,8 +214,10 @@ def add_routes() -> None:
 
     @server.routes.get(ROUTE)
     async def get_verdicts(request: web.Request) -> web.Response:
-        client = request.query.get("client_id")
+        client, prompt_id = request.query.get("client_id"), request.query.get("prompt_id")
         with _lock:
+            if prompt_id is not None:
+                _adopt(_find_prompt(server, prompt_id))
             if client is not None and client in server.sockets:
                 _clients.intersection_update(server.sockets)
                 _clients.add(client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.sample
@@ -16,10 +17,15 @@ from small_models import CONFIGS, CPU, build, initialize, model
 
 __all__ = ["CONFIGS", "CPU", "NODES", "build", "initialize", "model"]
 
-NODES = {
-    node.define_schema().node_id: node
-    for node in asyncio.run(importlib.import_module(f"{PACK}.nodes.extension").SlipstreamExtension().get_node_list())
-}
+
+def load_nodes() -> list[Any]:
+    """What the host gets of the pack. In a thread, since the browser tests leave an event loop running in this one."""
+    extension = importlib.import_module(f"{PACK}.nodes.extension").SlipstreamExtension()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, extension.get_node_list()).result()
+
+
+NODES = {node.define_schema().node_id: node for node in load_nodes()}
 
 
 def prompt(patcher: ModelPatcher, seed: int, tokens: int = 8, batch: int = 1, **values: Any) -> list[Any]:
@@ -150,6 +156,17 @@ def sample_with(
     noise = comfy.sample.prepare_noise(image, seed)
     with torch.inference_mode():
         return guider.sample(noise, image, comfy.samplers.sampler_object(sampler), sigmas, disable_pbar=True, seed=seed)
+
+
+def sample_by_hand(patcher: ModelPatcher, sampler: Any, sigmas: torch.Tensor, cfg: float = 5.0) -> torch.Tensor:
+    """Sample with a function of one's own: (denoiser, x, sigmas, extra_args, ...) -> x."""
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds(prompt(patcher, 10), prompt(patcher, 11))
+    guider.set_cfg(cfg)
+    image = latent(patcher)
+    noise = comfy.sample.prepare_noise(image, 1)
+    with torch.inference_mode():
+        return guider.sample(noise, image, comfy.samplers.KSAMPLER(sampler), sigmas, disable_pbar=True, seed=1)
 
 
 class Counter:

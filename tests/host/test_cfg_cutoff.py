@@ -107,6 +107,20 @@ def test_adaptive_samplers_are_cut_off_by_noise_level(model, last_lines):
     assert f"{counted.rows.count(1)} of {len(counted.rows)} evaluations" in last_lines("2")[0][1]
 
 
+def test_a_restart_to_a_step_before_the_cutoff_is_guided_again(model, last_lines):
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 6)
+
+    def restarting(denoiser, x, sigmas, extra_args=None, callback=None, disable=None):
+        for step in (0, 1, 2, 3, 4, 1, 2, 3, 5):
+            denoiser(x, sigmas[step] * x.new_ones([x.shape[0]]), **extra_args)
+        return x
+
+    with Counter(model) as counted:
+        hosted.sample_by_hand(cutoff(model), restarting, sigmas)
+    assert counted.rows == [2, 2, 2, 1, 1, 2, 2, 1, 1]
+    assert "4 of 9 evaluations ran on the positive alone" in last_lines("2")[0][1]
+
+
 def perp_neg(patcher, neg_scale=1.0):
     from comfy_extras.nodes_perpneg import Guider_PerpNeg
 

@@ -172,7 +172,7 @@ EVERYTHING = tuple(NODES)
 
 @pytest.mark.parametrize("end", list(ENDS))
 @pytest.mark.parametrize(
-    "where", ["step 0", "step 1", "step 2", "step 5", "middle block", "output block", "PREPARE_SAMPLING"]
+    "where", [*(f"step {i}" for i in range(6)), "middle block", "output block", "PREPARE_SAMPLING"]
 )
 def test_nothing_is_left_behind_however_the_run_ends(end, where, model, last_lines):
     """At any step, by the sampler's callback; and inside the model, in the middle of a UNet call."""
@@ -278,14 +278,7 @@ def test_a_sampler_that_passes_the_guider_by_is_named_as_the_reason(model, last_
             guider.inner_model, conds, x, sigmas[:1].expand(x.shape[0]), extra_args["model_options"]
         )[0]
 
-    guider = comfy.samplers.CFGGuider(wire(model, *EVERYTHING))
-    guider.set_conds(prompt(model, 10), prompt(model, 11))
-    guider.set_cfg(5.0)
-    image = hosted.latent(model)
-    with torch.inference_mode():
-        guider.sample(
-            image, image, comfy.samplers.KSAMPLER(by_itself), torch.tensor([5.0, 1.0, 0.0]), disable_pbar=True, seed=1
-        )
+    hosted.sample_by_hand(wire(model, *EVERYTHING), by_itself, torch.tensor([5.0, 1.0, 0.0]))
     for node_id in ("1", "2", "3"):
         assert last_lines(node_id) == [("inert", "did nothing: the sampler calls the model by itself, past the guider")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 import logging
@@ -75,7 +74,7 @@ def test_one_bad_node_leaves_the_others_working_with_one_line_in_the_log(monkeyp
     extension = importlib.import_module(f"{hosted.PACK}.nodes.extension")
     monkeypatch.setattr(extension, "NODES", (("no_such_file", "Missing"), *extension.NODES))
     with caplog.at_level(logging.ERROR):
-        loaded = asyncio.run(extension.SlipstreamExtension().get_node_list())
+        loaded = hosted.load_nodes()
     assert [node.define_schema().node_id for node in loaded] == list(NODES)
     (record,) = caplog.records
     assert "Missing could not be loaded and is left out" in record.getMessage()

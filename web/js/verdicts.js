@@ -134,11 +134,16 @@ function keep(verdict) {
   workflows.get(verdict.workflow_id).set(verdict.node_id, verdict)
 }
 
-/** Gets the last verdicts, which also tells the server that this client draws them itself. */
+/** Tells the server that this client draws verdicts itself, and gets the last ones. */
 async function announce() {
   if (!api.clientId || api.clientId === announcedAs) return
   announcedAs = api.clientId
-  const response = await api.fetchApi(`${ROUTE}?client_id=${encodeURIComponent(api.clientId)}`)
+  await getLast({ client_id: api.clientId })
+}
+
+/** Gets the last verdicts. Of a prompt's nodes also those that equal nodes got in another workflow. @param {Record<string, string>} query */
+async function getLast(query) {
+  const response = await api.fetchApi(`${ROUTE}?${new URLSearchParams(query)}`)
   if (!response.ok) return
   for (const verdict of (await response.json()).verdicts) {
     const known = workflows.get(verdict.workflow_id)?.get(verdict.node_id)
@@ -320,6 +325,10 @@ api.addEventListener(EVENT, ({ detail }) => {
 api.addEventListener('execution_start', () => {
   for (const verdicts of workflows.values()) for (const verdict of verdicts.values()) verdict.isLast = true
   draw()
+})
+api.addEventListener('execution_cached', ({ detail }) => {
+  // The host's cache knows no workflows: what it answers may have run in another one.
+  if (detail.nodes?.length) getLast({ client_id: api.clientId, prompt_id: detail.prompt_id })
 })
 api.addEventListener('reconnected', () => {
   announcedAs = undefined // it may be another server process
