@@ -74,8 +74,13 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
     if off is not None:
         verdicts.publish_off(source, off)
         return io.NodeOutput(model)
-    config.check(models.describe(model, model.model_options))
-    plan = plan_of(model).adding(Entry(config, (source,), suggested))
+    try:
+        config.check(models.describe(model, model.model_options))
+        plan = plan_of(model).adding(Entry(config, (source,), suggested))
+    except (ValueError, RuntimeError) as error:
+        # Else the success of an earlier run would stay on the node.
+        verdicts.publish_refused(source, error)
+        raise
     clone = model.clone()
     clone.set_attachments(KEY, plan)
     # The host appends wrappers: without this, two of our nodes would start the engine twice.

@@ -172,6 +172,11 @@ def publish_off(node: Node, why: str) -> None:
     publish(current_prompt(), node, Line("off", f"off: {why}"), {})
 
 
+def publish_refused(node: Node, error: Exception) -> None:
+    """Say that a node could not do its part."""
+    publish(current_prompt(), node, Line("failed", str(error)), {})
+
+
 def publish_added(node: Node) -> None:
     """Say that a node did its part. Stands only where no sampler runs the model that it returned."""
     publish(current_prompt(), node, Line("inert", "in the model's plan, but no sampler has run it in this prompt"), {})

@@ -95,6 +95,9 @@ def test_a_prompt_that_fails_before_sampling_leaves_the_verdict_marked_as_the_la
         "DeepCache: node {} and node {} are on the same model with different settings (cache_interval 5 against 3). "
         "Remove or bypass one of them, or give both the same settings.".format(*ids)
     )
+    ((state, text),) = texts(page, other["id"])
+    assert state == "failed"
+    assert outcome.message == text
     page.open_tab("test")
     assert all(line.is_last for name in OURS for line in page.verdicts(workflow.id(name)))
 

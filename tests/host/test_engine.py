@@ -90,10 +90,13 @@ def test_twice_with_equal_settings_is_once(name, model, last_lines):
 
 
 @every_node
-def test_twice_with_different_settings_is_refused_naming_both_nodes(name, model):
+def test_twice_with_different_settings_is_refused_naming_both_nodes(name, model, last_lines):
     carrying = run_node(name, model, "41", **ON[name])
     with pytest.raises(ValueError, match=r"node 42 and node 41.*different settings"):
         run_node(name, carrying, "42", **OTHER[name])
+    ((state, text),) = last_lines("42")
+    assert state == "failed"
+    assert "node 42 and node 41" in text
     sample(carrying)
 
 
