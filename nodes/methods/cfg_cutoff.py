@@ -132,5 +132,6 @@ class CFGCutoffRun(MethodRun):
             return "the model was not evaluated"
         if not self.is_guided:
             return "this run is not guided anyway (cfg 1.0, or a guider without a negative prompt)"
-        where = f"step {self.first_step}" if self.sigma is None else f"{self.config.cutoff:.0%} of the timesteps"
-        return f"the run of {len(self.steps)} steps ended before {where}; lower the cutoff"
+        by_steps = f"step {self.first_step} of {len(self.steps)}"
+        where = by_steps if self.sigma is None else f"{self.config.cutoff:.0%} of the timesteps"
+        return f"the cutoff, at {where}, was not reached"

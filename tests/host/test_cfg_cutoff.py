@@ -306,7 +306,7 @@ def test_a_run_that_ends_before_the_cutoff_says_so(model, last_lines):
     sample(cutoff(model, 0.8, "timesteps"), steps=10, last_step=5)
     ((state, text),) = last_lines("2")
     assert state == "inert"
-    assert "ended before 80% of the timesteps" in text
+    assert "the cutoff, at 80% of the timesteps, was not reached" in text
 
 
 def test_a_batch_of_images(model):

@@ -66,7 +66,7 @@ def test_inert_runs_say_why():
     assert "not guided anyway" in text
     _, (state, text) = run_of(CFGCutoff(0.8), evaluated=range(5))
     assert state == "inert"
-    assert "ended before step 8" in text
+    assert text == "saved nothing: the cutoff, at step 8 of 10, was not reached"
 
 
 def test_settings():
