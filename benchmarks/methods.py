@@ -10,6 +10,7 @@ Absolute times on a CPU say nothing about other machines.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -17,8 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host")]
-
-import itertools
 
 from loading import find_comfyui, load_host, load_pack
 
@@ -80,9 +79,7 @@ def overhead(evaluations: int, runs: int) -> None:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     class Stub(UNetModel):
-        def _forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
-            if transformer_options is None:
-                transformer_options = {}
+        def _forward(self, x, *args, **kwargs):
             return x
 
     model = hosted.model("SD15")

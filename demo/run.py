@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from checkpoint import is_sd15, make_checkpoint
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from host import Server
+from comfyui import Server
 
 PACK = Path(__file__).resolve().parent.parent
 TEMPLATE = PACK / "workflows" / "SD 1.5 - DeepCache, CFG Cutoff and FreeU.json"

@@ -37,8 +37,8 @@ def load_pack() -> None:
         spec.loader.exec_module(module)
 
 
-def load_host(comfyui: Path, cpu: bool = True) -> None:
-    """Put the host on the path, and tell it where to run before any of it is imported."""
+def load_host(comfyui: Path) -> None:
+    """Put the host on the path, and tell it to run on the CPU before any of it is imported."""
     # Its own `nodes.py` must be the one that is found: our root is never on the path.
     sys.path.insert(0, str(comfyui))
     import comfy.options
@@ -46,4 +46,4 @@ def load_host(comfyui: Path, cpu: bool = True) -> None:
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = cpu
+    args.cpu = True

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
 import torch
 
 
+@dataclass(frozen=True)
 class HostGuidance:
     """`methods.method.Guidance` over a CFGGuider.
 
-    The arguments are those of the host's PREDICT_NOISE wrapper.
+    Attributes:
+        executor, guider, x, timestep, model_options, seed: those of the host's PREDICT_NOISE wrapper.
+        sigma: the timestep's noise level, read from the device.
     """
 
-    def __init__(
-        self,
-        executor: Any,
-        guider: Any,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        model_options: dict[str, Any],
-        seed: int | None,
-    ):
-        self.executor = executor
-        self.guider = guider
-        self.x = x
-        self.timestep = timestep
-        self.model_options = model_options
-        self.seed = seed
+    executor: Any
+    guider: Any
+    x: torch.Tensor
+    timestep: torch.Tensor
+    model_options: dict[str, Any]
+    seed: int | None
+    sigma: float
 
     @property
     def is_guided(self) -> bool:
@@ -53,9 +49,8 @@ class HostGuidance:
 
     @property
     def conditions(self) -> int:
-        sigma = float(self.timestep.flatten()[0])
         return sum(
-            cond.get("timestep_start", sigma) >= sigma >= cond.get("timestep_end", sigma)
+            cond.get("timestep_start", self.sigma) >= self.sigma >= cond.get("timestep_end", self.sigma)
             for conds in self.guider.conds.values()
             for cond in conds or ()
         )

@@ -159,7 +159,7 @@ class SamplingRun:
         self.record.evaluations += 1
         if self.around_evaluation is None:
             return executor(x, timestep, model_options, seed)
-        guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed)
+        guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, sigma)
         return self.around_evaluation.predict_noise(self.evaluation, guidance)
 
     def apply_model(

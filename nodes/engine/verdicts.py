@@ -148,23 +148,28 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
             line stands until the first run of this prompt.
     """
     with _lock:
-        key = (where.workflow, node.id)
-        verdict = _kept.get(key)
+        verdict = _kept.get((where.workflow, node.id))
         if verdict is None or where.id is None or verdict.prompt_id != where.id:
             verdict = Verdict(where.id, where.workflow, node, where.graph.get(node.id, {}).get("inputs"))
         if run != NOT_RUN:
             verdict.lines.pop(NOT_RUN, None)
         verdict.lines[run] = {"sampler": where.sampler, **asdict(line)}
         verdict.record = record
-        _kept[key] = verdict
-        _kept.move_to_end(key)
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
+        _keep(verdict)
         data = verdict.as_dict()
     try:
         _send(where, node, data)
     except Exception:
         logger.warning("Slipstream: a verdict could not be sent to the page", exc_info=True)
+
+
+def _keep(verdict: Verdict) -> None:
+    """Keep a verdict as the latest; the oldest ones go."""
+    key = (verdict.workflow_id, verdict.node.id)
+    _kept[key] = verdict
+    _kept.move_to_end(key)
+    while len(_kept) > KEPT:
+        _kept.popitem(last=False)
 
 
 def publish_off(node: Node, why: str) -> None:
@@ -206,7 +211,7 @@ def _adopt(where: Prompt) -> None:
         )
         found = next(equal, None)
         if found is not None:
-            _kept[where.workflow, node_id] = replace(found, workflow_id=where.workflow, lines=found.lines.copy())
+            _keep(replace(found, workflow_id=where.workflow, lines=found.lines.copy()))
 
 
 def add_routes() -> None:

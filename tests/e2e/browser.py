@@ -2,7 +2,7 @@
 
 ::
 
-    with Server(comfyui, base_directory) as server, Browser(chromium) as browser:
+    with Server(comfyui, base_directory, log, ["--cpu"]) as server, Browser(chromium) as browser:
         page = browser.open(server, renderer="vue")
         page.load(workflow)                  # or page.open_template("slipstream", "SDXL - DeepCache")
         assert page.run().status == "success"
@@ -17,19 +17,15 @@ Nodes are named by execution id: ``7`` in the root graph, ``"12:7"`` for node 7 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from comfyui import Server
 from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, sync_playwright
 from playwright.sync_api import Page as PlaywrightPage
 
@@ -91,86 +87,6 @@ _READ_VERDICTS = """
   })
 }
 """
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """A ComfyUI server on the CPU, on a free port, with everything it writes in ``base_directory``.
-
-    Args:
-        comfyui: The directory of ``main.py``.
-        base_directory: Where ``custom_nodes/`` is looked for; made if it is missing. Its models are the only ones.
-        arguments: Further command line arguments, as ``["--front-end-root", path]``.
-        python: The interpreter with ComfyUI's requirements.
-        start_s: How long it may take to answer.
-
-    Raises:
-        RuntimeError: It ended, or did not answer in time. The message holds the end of its log.
-    """
-
-    def __init__(
-        self,
-        comfyui: Path,
-        base_directory: Path,
-        arguments: Sequence[str] = (),
-        python: str = sys.executable,
-        start_s: float = 180,
-    ) -> None:
-        self.base_directory = base_directory
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self.log = base_directory / "server.log"
-        (base_directory / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        database = f"sqlite:///{base_directory / 'comfyui.db'}"
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(python, "main.py", "--cpu", "--disable-auto-launch", "--port", str(port)),
-                    *("--base-directory", str(base_directory), "--database-url", database, *arguments),
-                ],
-                cwd=comfyui,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self._wait(start_s)
-
-    def _wait(self, start_s: float) -> None:
-        deadline = time.monotonic() + start_s
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                self.get("/system_stats")
-                return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.2)
-        self.close()
-        raise RuntimeError(f"ComfyUI did not start. Its log ends with:\n{self.log.read_text()[-3000:]}")
-
-    def get(self, path: str) -> Any:
-        """What the server answers on a route, from JSON."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return json.load(response)
-
-    def close(self) -> None:
-        """Stops the server."""
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Browser:

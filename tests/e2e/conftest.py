@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from browser import Browser, Page, Server
 from loading import ROOT, find_chromium, find_comfyui
+
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "demo")]
+
+from browser import Browser, Page
+from comfyui import Server
 
 from workflows import TEMPLATES, Workflow
 
@@ -31,7 +32,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
                 (checkpoints / node["widgets_values"][0]).touch()
     comfyui = find_comfyui()
     assert comfyui is not None
-    with Server(comfyui, base) as started:
+    with Server(comfyui, base, base / "server.log", ["--cpu"]) as started:
         yield started
 
 
