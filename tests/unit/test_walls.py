@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ROOT / "nodes"
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
+MEASURING = sorted((NODES / "measuring").glob("*.py"))
 METHODS = sorted(path for path in (NODES / "methods").glob("*.py") if path.stem != "__init__")
 NODE_FILES = sorted(path for path in NODES.glob("*.py") if path.stem not in ("__init__", "extension"))
 
@@ -32,9 +33,16 @@ def test_methods_import_neither_the_host_nor_each_other_nor_the_engine(path):
         assert not name.startswith(".") or name == ".method"
 
 
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
+def test_measuring_imports_neither_the_host_nor_anything_else_of_the_pack(path):
+    for name in imports(path):
+        assert name.split(".")[0] not in HOST
+        assert name.lstrip(".") in {path.stem for path in MEASURING} or not name.startswith(".")
+
+
 @pytest.mark.parametrize("path", NODE_FILES, ids=lambda path: path.stem)
-def test_a_node_imports_the_api_the_engine_and_its_own_method(path):
-    assert imports(path) <= {"comfy_api.latest", ".engine", f".methods.{path.stem}"}
+def test_a_node_imports_the_api_the_engine_and_its_own_method_or_part_of_the_engine(path):
+    assert imports(path) <= {"comfy_api.latest", ".engine", f".engine.{path.stem}", f".methods.{path.stem}"}
 
 
 @pytest.mark.parametrize("path", sorted((NODES / "engine").glob("*.py")), ids=lambda path: path.stem)
@@ -49,9 +57,11 @@ def test_the_root_imports_nothing_at_module_level():
 
 
 def test_one_stem_everywhere():
-    """A method has a node, a test and a row in the registry of the same name."""
+    """A method has a node, a test and a row in the registry of its name; any other node has its part of the engine."""
     stems = {path.stem for path in METHODS} - {"method"}
-    assert stems == {path.stem for path in NODE_FILES}
+    others = {path.stem for path in NODE_FILES} - stems
+    assert stems < {path.stem for path in NODE_FILES}
+    assert all((NODES / "engine" / f"{stem}.py").exists() for stem in others)
     assert all((ROOT / "tests" / "unit" / f"test_{stem}.py").exists() for stem in stems)
     registry = ast.parse((NODES / "engine" / "registry.py").read_text())
     (table,) = (node.value for node in ast.walk(registry) if isinstance(node, ast.Assign))

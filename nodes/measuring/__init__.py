@@ -1,0 +1,1 @@
+"""How measurements are made and told: statistics, memory, fidelity, the report. No ComfyUI in here."""
