@@ -4,5 +4,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
+    ("benchmark", "SlipstreamBenchmark"),
+    ("report", "SlipstreamReport"),
 )
 """(file, class) of every node, in the order of the menu."""

@@ -6,7 +6,17 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 """
 
 from .models import describe
-from .node import add, model_node, option, percent_range
+from .node import add, model_node, node_schema, option, percent_range, sampler_options
 from .plan import Plan, plan_of
 
-__all__ = ["Plan", "add", "describe", "model_node", "option", "percent_range", "plan_of"]
+__all__ = [
+    "Plan",
+    "add",
+    "describe",
+    "model_node",
+    "node_schema",
+    "option",
+    "percent_range",
+    "plan_of",
+    "sampler_options",
+]

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..methods.method import Configuration
 from . import models, sampling, verdicts
-from .plan import KEY, Entry, Node, plan_of
+from .plan import Entry, Node, plan_of
 
 
 def supported(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
@@ -34,22 +34,68 @@ def percent_range(starts: str, ends: str) -> list[Any]:
     ]
 
 
+def sampler_options() -> list[Any]:
+    """The inputs of the host's KSampler that are no models, prompts or latents."""
+    return [
+        option(
+            io.Int,
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="The seed of the noise.",
+        ),
+        option(io.Int, "steps", default=20, min=1, max=10000, tooltip="The number of steps."),
+        option(
+            io.Float,
+            "cfg",
+            default=8.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="The scale of classifier-free guidance. 1 evaluates the positive prompt alone.",
+        ),
+        option(io.Combo, "sampler_name", options=comfy.samplers.SAMPLER_NAMES, tooltip="The sampling algorithm."),
+        option(
+            io.Combo,
+            "scheduler",
+            options=comfy.samplers.SCHEDULER_NAMES,
+            tooltip="How noise is removed over the steps.",
+        ),
+        option(
+            io.Float,
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the latent is made anew. Below 1 it stays like the image it came from.",
+        ),
+    ]
+
+
+def node_schema(**arguments: Any) -> io.Schema:
+    """The schema of a node of ours, as far as this host knows its fields.
+
+    Every node gets the host's hidden inputs, and an output cache of its own: its id is part of what
+    it tells or returns, so two equal nodes must not share one output.
+    """
+    hidden = [io.Hidden.unique_id, io.Hidden.dynprompt]
+    return io.Schema(**supported(io.Schema, **arguments, hidden=hidden, not_idempotent=True))
+
+
 def model_node(node_id: str, display_name: str, description: str, aliases: list[str], options: list[Any]) -> io.Schema:
     """The schema of a node that takes a MODEL and returns it with one more configuration."""
-    return io.Schema(
-        **supported(
-            io.Schema,
-            node_id=node_id,
-            display_name=display_name,
-            category="Slipstream/model",
-            description=description,
-            search_aliases=aliases,
-            inputs=[io.Model.Input("model", tooltip="The model to speed up. It is not changed itself."), *options],
-            outputs=[io.Model.Output(tooltip="The model with this method in its plan.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            # Its id is part of what it returns: two equal nodes must not share one cached output.
-            not_idempotent=True,
-        )
+    return node_schema(
+        node_id=node_id,
+        display_name=display_name,
+        category="Slipstream/model",
+        description=description,
+        search_aliases=aliases,
+        inputs=[io.Model.Input("model", tooltip="The model to speed up. It is not changed itself."), *options],
+        outputs=[io.Model.Output(tooltip="The model with this method in its plan.")],
     )
 
 
@@ -69,7 +115,7 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
         ValueError: the settings do not fit the model, or the plan has the method with other ones.
         RuntimeError: the model cannot be served.
     """
-    source = _node_of(node)
+    source = node_of(node)
     off = config.off()
     if off is not None:
         verdicts.publish_off(source, off)
@@ -81,16 +127,12 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
         # Else the success of an earlier run would stay on the node.
         verdicts.publish_refused(source, error)
         raise
-    clone = model.clone()
-    clone.set_attachments(KEY, plan)
-    # The host appends wrappers: without this, two of our nodes would start the engine twice.
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling.outer_sample)
     verdicts.publish_added(source)
-    return io.NodeOutput(clone)
+    return io.NodeOutput(sampling.with_plan(model, plan))
 
 
-def _node_of(node: type[io.ComfyNode]) -> Node:
+def node_of(node: type[io.ComfyNode]) -> Node:
+    """The executing node, from the node class that `execute` gets, with the host's hidden inputs."""
     unique_id, graph = str(node.hidden.unique_id), node.hidden.dynprompt
     # A node that another one expanded into is shown as that one.
     shown = str(graph.get_display_node_id(unique_id)) if graph is not None else unique_id

@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 Status = Literal["running", "finished", "failed", "interrupted"]
+
+
+def outcome(error: BaseException | None) -> tuple[Status, str]:
+    """How a run ended, and why if it failed. An interrupt is told from a failure by the class's name, as
+    the host derives it from Exception or from BaseException, depending on its version."""
+    if error is None:
+        return "finished", ""
+    if type(error).__name__ == "InterruptProcessingException":
+        return "interrupted", ""
+    return "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+class StepClock:
+    """When the steps of a run began, in the order they ran.
+
+    A step lasts from the beginning of its first evaluation to that of the next step's, or to the
+    end; evaluations belong to steps as in `methods.method.Steps`.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._stamps: list[float] = []
+
+    def evaluation(self, step: int, now: Callable[[], float]) -> None:
+        """An evaluation of a step begins. The clock is read only if the step is another one."""
+        if step != self.step or not self._stamps:
+            self._stamps.append(now())
+        self.step = step
+
+    def end(self, now: float) -> None:
+        """The last step is over."""
+        if self._stamps:
+            self._stamps.append(now)
+
+    @property
+    def step_s(self) -> tuple[float, ...]:
+        """Seconds of each step that is over."""
+        return tuple(after - before for before, after in pairwise(self._stamps))
 
 
 @dataclass
@@ -22,6 +62,7 @@ class Record:
         reason: what ended it, if it failed.
         step: the step of the last evaluation.
         elapsed_s: wall time from begin to end, loading of the model included.
+        step_s: wall time of each step, in the order they ran.
     """
 
     steps: int
@@ -32,19 +73,23 @@ class Record:
     reason: str = ""
     step: int = 0
     elapsed_s: float = 0.0
+    step_s: tuple[float, ...] = ()
+    _clock: StepClock = field(default_factory=StepClock, repr=False)
     _began: float = field(default_factory=time.perf_counter, repr=False)
 
+    def evaluation(self, step: int) -> None:
+        """The sampler asks for a prediction."""
+        self._clock.evaluation(step, time.perf_counter)
+        self.step = step
+        self.evaluations += 1
+
     def end(self, error: BaseException | None) -> None:
-        """Close the record. An interrupt is told from a failure by the class's name, as the host
-        derives it from Exception or from BaseException, depending on its version."""
-        self.elapsed_s = time.perf_counter() - self._began
-        if error is None:
-            self.status = "finished"
-        elif type(error).__name__ == "InterruptProcessingException":
-            self.status = "interrupted"
-        else:
-            self.status = "failed"
-            self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        """Close the record."""
+        now = time.perf_counter()
+        self.elapsed_s = now - self._began
+        self._clock.end(now)
+        self.step_s = self._clock.step_s
+        self.status, self.reason = outcome(error)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -12,23 +12,51 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, Steps
-from . import models, verdicts
+from . import history, machine, models, verdicts
 from .guidance import HostGuidance
-from .plan import KEY, Plan, plan_of
+from .plan import KEY, Entry, Plan, plan_of
 from .record import Record
 
 logger = logging.getLogger(__name__)
 
 OUTPUT_BLOCK_PATCH = "output_block_patch"
 
+AUDIENCE = "slipstream.audience"
+"""The attachment of a model whose runs are told in another way than a sampler's."""
+
 _numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Audience:
+    """Who is told of a model's runs, where one node samples it many times.
+
+    Attributes:
+        hear: called when a run ends, with each entry of the plan and its line.
+        name: what these runs are, on the nodes that take part: ``candidate``. None: they are not told there.
+        number: that of all these runs: the line of a later one takes the place of the one before.
+    """
+
+    hear: Callable[[list[tuple[Entry, verdicts.Line]]], None]
+    name: str | None
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+def with_plan(model: Any, plan: Plan) -> Any:
+    """A clone of a MODEL (ModelPatcher) that carries this plan, in place of the one it has."""
+    clone = model.clone()
+    clone.set_attachments(KEY, plan)
+    # The host appends wrappers: without this, two of our nodes would start the engine twice.
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    return clone
 
 
 def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any):
@@ -59,13 +87,16 @@ class SamplingRun:
     """
 
     def __init__(self, guider: Any, plan: Plan, sigmas: torch.Tensor):
-        self.number = next(_numbers)
+        self.audience: Audience | None = guider.model_patcher.get_attachment(AUDIENCE)
+        self.number = next(_numbers) if self.audience is None else self.audience.number
         self.guider = guider
         self.plan = plan
         self.options: dict[str, Any] = guider.model_options["transformer_options"]
         self.steps = Steps(tuple(sigmas.tolist()))
         self.record = Record(len(self.steps))
         self.where = verdicts.current_prompt()
+        if self.audience is not None:
+            self.where = replace(self.where, part=self.audience.name or "")
         self.methods: list[MethodRun] = []
         self.around_evaluation: MethodRun | None = None
         self.around_unet: MethodRun | None = None
@@ -132,10 +163,16 @@ class SamplingRun:
     def end(self, error: BaseException | None) -> None:
         """Take everything back and say what became of it."""
         self._remove()
+        if error is None:
+            machine.synchronize(self.guider.model_patcher.load_device)
         self.record.end(error)
         self.publish()
-        told = zip(self.plan.entries, self.lines(), strict=True)
+        told = list(zip(self.plan.entries, self.lines(), strict=True))
         logger.info("Slipstream: %s", "; ".join(f"{entry.config.title}: {line.text}" for entry, line in told))
+        if self.audience is None:
+            history.keep(self.where, self.plan, self.record, told)
+        else:
+            self.audience.hear(told)
         self.methods.clear()
         self.evaluation = self.around_evaluation = self.around_unet = None
         self.at_output_block.clear()
@@ -155,8 +192,7 @@ class SamplingRun:
         self.evaluation = Evaluation(step, sigma)
         self.latent = x.shape
         self.occurrences.clear()
-        self.record.step = step
-        self.record.evaluations += 1
+        self.record.evaluation(step)
         if self.around_evaluation is None:
             return executor(x, timestep, model_options, seed)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, sigma)
@@ -208,6 +244,8 @@ class SamplingRun:
         return [verdicts.line(self.record, state, text) for state, text in told]
 
     def publish(self) -> None:
+        if self.audience is not None and self.audience.name is None:
+            return
         for entry, line in zip(self.plan.entries, self.lines(), strict=True):
             for node in entry.nodes:
                 told = replace(line, text=f"{entry.config.title}: {line.text}") if node.is_expanded else line

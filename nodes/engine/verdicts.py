@@ -38,6 +38,7 @@ class Prompt:
         node: the id of the executing node: the sampler, while sampling.
         client: the client that queued it.
         graph: its nodes by id, as the host got them.
+        part: which of the node's samplings, if it makes several.
     """
 
     id: str | None = None
@@ -45,11 +46,13 @@ class Prompt:
     node: str | None = None
     client: str | None = None
     graph: dict[str, dict[str, Any]] = field(default_factory=dict)
+    part: str = ""
 
     @property
     def sampler(self) -> str:
         """What to call the executing node, such as ``KSampler 3``."""
-        return f"{self.graph.get(self.node or '', {}).get('class_type', 'node')} {self.node}"
+        name = f"{self.graph.get(self.node or '', {}).get('class_type', 'node')} {self.node}"
+        return f"{name}, {self.part}" if self.part else name
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hosted
+
+# The host's modules are not looked through each time that a test, or the benchmark before each run, collects garbage.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from loading import PACK
 from small_models import CONFIGS, CPU, build, initialize, model
 
-__all__ = ["CONFIGS", "CPU", "NODES", "build", "initialize", "model"]
+__all__ = ["CONFIGS", "CPU", "METHODS", "NODES", "build", "initialize", "model"]
 
 
 def load_nodes() -> list[Any]:
@@ -26,6 +26,10 @@ def load_nodes() -> list[Any]:
 
 
 NODES = {node.define_schema().node_id: node for node in load_nodes()}
+"""All of them, by id."""
+_registry = importlib.import_module(f"{PACK}.nodes.engine.registry").METHODS
+METHODS = {name: NODES[name] for file, name in importlib.import_module(f"{PACK}.nodes").NODES if file in _registry}
+"""Those that put a method on a model."""
 
 
 def prompt(patcher: ModelPatcher, seed: int, tokens: int = 8, batch: int = 1, **values: Any) -> list[Any]:
@@ -78,13 +82,21 @@ def sample(
         )
 
 
-def run_node(name: str, patcher: ModelPatcher, node_id: str = "7", **inputs: Any) -> ModelPatcher:
-    """Execute one of our nodes as the host does, missing inputs at their defaults. Returns its MODEL."""
+def execute(name: str, node_id: str = "7", **inputs: Any) -> Any:
+    """Execute one of our nodes as the host does, missing inputs at their defaults. Returns its NodeOutput."""
     node = NODES[name]
-    for option in node.define_schema().inputs[1:]:
-        inputs.setdefault(option.id, option.default)
+    for option in node.define_schema().inputs:
+        default = getattr(option, "default", None)
+        if default is not None:
+            inputs.setdefault(option.id, default)
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node_id}, "dynamic_paths": None})
-    return clone.EXECUTE_NORMALIZED(model=patcher, **inputs).result[0]
+    with torch.inference_mode():
+        return clone.EXECUTE_NORMALIZED(**inputs)
+
+
+def run_node(name: str, patcher: ModelPatcher, node_id: str = "7", **inputs: Any) -> ModelPatcher:
+    """Execute one of our nodes on a model. Returns the MODEL that comes out."""
+    return execute(name, node_id, model=patcher, **inputs).result[0]
 
 
 def engine(name: str) -> Any:

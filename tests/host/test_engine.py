@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
-from hosted import NODES, PlantedError, add_core_freeu, add_lora, controlnet, prompt, run_node, sample, with_control
+from hosted import METHODS, PlantedError, add_core_freeu, add_lora, controlnet, prompt, run_node, sample, with_control
 
 ON = {
     "SlipstreamDeepCache": {"cache_interval": 2},
@@ -32,7 +32,7 @@ OTHER = {
     "SlipstreamFreeU": {"preset": "SDXL"},
 }
 
-every_node = pytest.mark.parametrize("name", list(NODES))
+every_node = pytest.mark.parametrize("name", list(METHODS))
 
 
 def wire(patcher, *names, start=1):
@@ -42,7 +42,7 @@ def wire(patcher, *names, start=1):
 
 
 def test_every_node_is_tested_here():
-    assert set(NODES) == set(ON) == set(OFF) == set(OTHER)
+    assert set(METHODS) == set(ON) == set(OFF) == set(OTHER)
 
 
 @every_node
@@ -131,7 +131,7 @@ def test_every_order_gives_the_same_bits_above_and_below_other_nodes(surrounding
         control = controlnet(model)
         positive, negative = (with_control(prompt(model, seed), control, both=True) for seed in (10, 11))
     images = []
-    for order in itertools.permutations(NODES):
+    for order in itertools.permutations(METHODS):
         for below in range(len(order) + 1):
             patcher = wire(model, *order[:below])
             for other in others:
@@ -148,7 +148,7 @@ def test_every_order_gives_the_same_bits_above_and_below_other_nodes(surrounding
     assert not torch.equal(sample(plain, positive, negative), images[0])
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(NODES, 2)), ids="+".join)
+@pytest.mark.parametrize("pair", list(itertools.combinations(METHODS, 2)), ids="+".join)
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2s_ancestral"])
 def test_pairs_commute_with_every_kind_of_sampler(pair, sampler, model):
     assert torch.equal(
@@ -170,7 +170,7 @@ def fail():
 
 RAISED = (comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError, PlantedError)
 ENDS = {"interrupt": (interrupt, "interrupted"), "out of memory": (out_of_memory, "failed"), "error": (fail, "failed")}
-EVERYTHING = tuple(NODES)
+EVERYTHING = tuple(METHODS)
 
 
 @pytest.mark.parametrize("end", list(ENDS))
@@ -322,8 +322,8 @@ def test_two_of_our_nodes_inside_one_that_expands_share_it_with_a_line_each(mode
     patcher = model
     for name, node_id in (("SlipstreamDeepCache", "5.0.0.1"), ("SlipstreamCFGCutoff", "5.0.0.2")):
         hidden = {io.Hidden.unique_id: node_id, io.Hidden.dynprompt: Graph()}
-        clone = NODES[name].PREPARE_CLASS_CLONE({"hidden_inputs": hidden, "dynamic_paths": None})
-        inputs = {option.id: option.default for option in NODES[name].define_schema().inputs[1:]}
+        clone = METHODS[name].PREPARE_CLASS_CLONE({"hidden_inputs": hidden, "dynamic_paths": None})
+        inputs = {option.id: option.default for option in METHODS[name].define_schema().inputs[1:]}
         patcher = clone.EXECUTE_NORMALIZED(model=patcher, **inputs).result[0]
     key, verdict, _ = run_as_prompt(patcher, {"workflow": {"id": "w"}})
     assert key == ("w", "5")

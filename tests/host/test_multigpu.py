@@ -8,7 +8,7 @@ import comfy.model_management
 import hosted
 import pytest
 import torch
-from hosted import NODES, prompt, run_node, sample
+from hosted import METHODS, prompt, run_node, sample
 
 multigpu = pytest.importorskip("comfy.multigpu", reason="this host has no MultiGPU")
 
@@ -35,7 +35,7 @@ def wire(patcher, names):
     return patcher
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in NODES), tuple(NODES)], ids="+".join)
+@pytest.mark.parametrize("names", [*((name,) for name in METHODS), tuple(METHODS)], ids="+".join)
 def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, last_lines):
     model = hosted.model("SD15")
     with hosted.Counter(model) as plainly:
@@ -64,7 +64,7 @@ def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, las
 
 def test_every_order_gives_the_same_bits(two_devices):
     images = []
-    for order in itertools.permutations(NODES):
+    for order in itertools.permutations(METHODS):
         split, _ = on_two_devices(hosted.model("SD15"))
         images.append(sample(wire(split, order), steps=6))
     assert all(torch.equal(image, images[0]) for image in images)

@@ -17,6 +17,10 @@ SNAPSHOT = Path(__file__).with_name("schemas.json")
 every_node = pytest.mark.parametrize("name", list(NODES))
 
 
+HOSTS_OWN = {"sampler_name", "scheduler"}
+"""Inputs whose choices are the host's, and change with it."""
+
+
 def described(node) -> dict:
     """The part of a schema that saved workflows and prompts depend on."""
     schema = node.define_schema()
@@ -26,11 +30,11 @@ def described(node) -> dict:
         "inputs": [
             {
                 "id": entry.id,
-                "type": entry.io_type,
+                "type": entry.get_io_type(),
                 **{
                     key: getattr(entry, key)
                     for key in ("default", "min", "max", "step", "options")
-                    if getattr(entry, key, None) is not None
+                    if getattr(entry, key, None) is not None and not (key == "options" and entry.id in HOSTS_OWN)
                 },
             }
             for entry in schema.inputs

@@ -1,0 +1,58 @@
+"""What the Report node tells: the last run of a model, in a few lines of text."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import verdicts
+from .history import LastRun, last_run
+from .node import node_of
+from .plan import Plan, plan_of
+
+
+def show_last_run(node: type[io.ComfyNode], model: Any) -> io.NodeOutput:
+    """The output of the node: the last run of a MODEL as text, and that text as the node's verdict."""
+    where, plan = verdicts.current_prompt(), plan_of(model)
+    run = last_run(where, plan)
+    if run is None:
+        line = verdicts.Line("inert", _why_nothing(plan))
+    else:
+        is_earlier = run.prompt_id != where.id
+        text = "\n".join([_counts(run, is_earlier), *(f"{title}: {line.text}" for title, line in run.told)])
+        line = verdicts.Line(_worst(run), text)
+    verdicts.publish(where, node_of(node), line, {} if run is None else run.record, (1, "report"))
+    return io.NodeOutput(line.text, ui={"slipstream_report": [line.text]})
+
+
+def _why_nothing(plan: Plan) -> str:
+    if not plan.entries:
+        return (
+            "no Slipstream method is on this model, so nothing was recorded. Wire the model that comes out of a "
+            "Slipstream node, or measure with the Benchmark node, which needs none"
+        )
+    return (
+        "no sampler has run this model yet. Wire what the sampler made, or an image of it, to after, and to model the "
+        "very model that went into the sampler"
+    )
+
+
+def _counts(run: LastRun, is_earlier: bool) -> str:
+    record = run.record
+    text = f"{run.sampler}: {record['steps']} steps in {record['elapsed_s']:.2f} s"
+    if record["status"] != "finished":
+        text = f"{run.sampler}: {record['status']} after {record['elapsed_s']:.2f} s"
+    steps = record["step_s"]
+    if steps:
+        usual = f"{median(steps):.3f} s a step ({min(steps):.3f} to {max(steps):.3f})"
+        text += f", {usual}, {record['elapsed_s'] - sum(steps):.2f} s before the first one"
+    text += f"; {record['evaluations']} evaluations, {record['predictions']} predictions"
+    return f"an earlier prompt's run: {text}" if is_earlier else text
+
+
+def _worst(run: LastRun) -> Any:
+    """The state that the whole report is shown in: that of the method that needs attention most."""
+    states = [line.state for _, line in run.told]
+    return next((state for state in ("failed", "interrupted", "inert") if state in states), "active")
