@@ -146,12 +146,13 @@ class Subject:
         # NaN is not equal to itself.
         if self.result is not None and not torch.equal(latent.nan_to_num(), self.result.latent.nan_to_num()):
             self.note("its runs differ though their seed is the same: the picture is the first run's")
-        if self._vae is None or not (self.result is None or self._is_decode_timed):
-            self.result = self.result or Result(latent, None)
-            return measured
-        images, seconds, (memory, _) = self._decode(latent)
+        images = None
+        if self._vae is not None and (self.result is None or self._is_decode_timed):
+            images, seconds, (memory, _) = self._decode(latent)
+            if self._is_decode_timed:
+                measured = replace(measured, decode_s=seconds, decode_memory=memory)
         self.result = self.result or Result(latent, images)
-        return replace(measured, decode_s=seconds, decode_memory=memory) if self._is_decode_timed else measured
+        return measured
 
     def _decode(self, latent: torch.Tensor) -> tuple[torch.Tensor, float, tuple[Peak, ...]]:
         # Its weights belong on the device before the clock starts, as the model's.
@@ -259,7 +260,10 @@ class Benchmark:
             raise
         finally:
             self.report.status, self.report.reason = outcome(error)
-            self.files.save_report(self.report)
+            try:
+                self.files.save_report(self.report)
+            except OSError as unsaved:
+                self.report.notes.append(f"the report could not be saved: {unsaved}")
             self._tell()
 
     def _measure(self, subject: Subject, is_warm_up: bool) -> None:
@@ -351,12 +355,16 @@ class _Files:
         return self._named(file)
 
     def save_report(self, report: Report) -> None:
+        """Write it as JSON and Markdown, if it is to be kept."""
         if not self.is_kept:
             return
-        report.saved = {"json": self._named(f"{self.stem}.json"), "markdown": self._named(f"{self.stem}.md")}
-        data = {**report.as_dict(), "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        (self.folder / f"{self.stem}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (self.folder / f"{self.stem}.md").write_text(to_markdown(data), encoding="utf-8")
+        names = {"json": f"{self.stem}.json", "markdown": f"{self.stem}.md"}
+        saved = {kind: self._named(name) for kind, name in names.items()}
+        data = {**report.as_dict(), "saved": saved, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        texts = {"json": json.dumps(data, indent=1) + "\n", "markdown": to_markdown(data)}
+        for kind, text in texts.items():
+            (self.folder / names[kind]).write_text(text, encoding="utf-8")
+        report.saved = saved
 
 
 def _method(entry: Entry) -> dict[str, Any]:

@@ -64,9 +64,14 @@ def _own_version() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work on a device: a clock read before that would show when work was queued."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    """Wait for all work on a device, where it can be waited for: a clock read before shows when work was queued."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+        return
+    # DirectML has no module of its own.
+    module: Any = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "synchronize"):
+        module.synchronize(device)
 
 
 def clock(device: torch.device) -> float:

@@ -261,6 +261,17 @@ def test_it_saves_everything_and_never_overwrites(model, benchmark, vae, folders
     assert len(list(folder.iterdir())) == 10
 
 
+def test_a_report_that_cannot_be_saved_is_still_shown_and_says_so(model, benchmark, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    report = report_of(benchmark(model, model, save=True))
+    assert report["status"] == "finished"
+    assert report["saved"] == {}
+    assert report["notes"] == ["the report could not be saved: [Errno 28] No space left on device"]
+
+
 def test_without_saving_nothing_is_left_in_the_output_folder(model, benchmark, vae, folders):
     report = report_of(benchmark(model, model, vae=vae))
     assert list((folders / "output").iterdir()) == []
