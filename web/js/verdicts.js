@@ -13,6 +13,7 @@
  * @property {string} node_id The execution id: "7", or "12:7" for node 7 inside subgraph node 12.
  * @property {string} node_type
  * @property {Line[]} lines
+ * @property {any} record What was counted or measured. Some types of node draw it: see `details`.
  * @property {boolean} [isLast] Whether it is from a prompt before the current one.
  *
  * @typedef {{ state: State, text: string, isLast: boolean, instance: string }} Row One line on a node. `instance` names the
@@ -21,10 +22,13 @@
  * @typedef {object} Panel
  * @property {Node} node
  * @property {any} widget
- * @property {HTMLElement} content
+ * @property {HTMLElement} content The rows, and what is drawn beneath them.
+ * @property {HTMLElement} rows
+ * @property {HTMLElement | null} detail
  * @property {number} height Of the content, in graph units; 0 until it has been laid out.
  * @property {number} bareHeight Of the node without the panel.
  * @property {string} drawn The rows on display, so that equal ones are left alone and a text selection survives.
+ * @property {any} record What `detail` shows.
  */
 import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
@@ -59,6 +63,16 @@ const STRINGS = {
 /** @type {Record<State, string>} */
 const SYMBOLS = { running: '…', active: '✓', inert: '!', off: '○', failed: '✕', interrupted: '■' }
 
+/** @type {Record<State, string>} */
+const COLORS = {
+  running: '#3b82f6',
+  active: '#22a557',
+  inert: '#e0930a',
+  off: '#8a8a8a',
+  failed: '#e5484d',
+  interrupted: '#a370d8'
+}
+
 const STYLE = `
 .slipstream-verdict {
   box-sizing: border-box;
@@ -75,7 +89,6 @@ const STYLE = `
   border-radius: 4px;
 }
 .slipstream-verdict__row {
-  --state: #8a8a8a;
   display: flex;
   gap: 6px;
   padding: 4px 8px 4px 6px;
@@ -83,11 +96,6 @@ const STYLE = `
   background: var(--component-node-widget-background, var(--comfy-input-bg));
   color: var(--component-node-foreground, var(--input-text));
 }
-.slipstream-verdict__row[data-state='running'] { --state: #3b82f6; }
-.slipstream-verdict__row[data-state='active'] { --state: #22a557; }
-.slipstream-verdict__row[data-state='inert'] { --state: #e0930a; }
-.slipstream-verdict__row[data-state='failed'] { --state: #e5484d; }
-.slipstream-verdict__row[data-state='interrupted'] { --state: #a370d8; }
 .slipstream-verdict__row[data-last] { border-left-style: dotted; }
 .slipstream-verdict__row[data-last] > * { opacity: 0.7; }
 .slipstream-verdict__symbol {
@@ -102,6 +110,13 @@ const STYLE = `
   overflow-wrap: anywhere;
 }
 `
+
+/**
+ * What some types of node draw beneath their rows, from the verdict's record. Gets what it drew before, to change that
+ * in place; null draws nothing.
+ * @type {Map<string, (record: any, element: HTMLElement | null) => HTMLElement | null>}
+ */
+export const details = new Map()
 
 /** The verdicts of each workflow, by the node's execution id. @type {Map<string, Map<string, Verdict>>} */
 const workflows = new Map()
@@ -121,10 +136,14 @@ let widgetCount = 0
 /** The client id that the server knows to have this script. @type {string | undefined} */
 let announcedAs
 
-/** @param {string} key */
-function localized(key) {
+/**
+ * A text in the host's language.
+ * @param {Record<string, Record<string, string>>} strings By language.
+ * @param {string} key
+ */
+export function localized(strings, key) {
   const language = String(app.extensionManager?.setting?.get('Comfy.Locale') ?? 'en').split('-')[0]
-  return (STRINGS[language] ?? STRINGS.en)[key]
+  return (strings[language] ?? strings.en)[key]
 }
 
 /** @param {Verdict} verdict */
@@ -160,6 +179,8 @@ function draw() {
   const verdicts = workflows.get(root.id) ?? new Map()
   /** @type {Map<Node, Row[]>} */
   const rows = new Map()
+  /** @type {Map<Node, any>} */
+  const records = new Map()
 
   /** @param {any} graph @param {string} prefix @param {Node[]} enclosing @param {boolean} isOff */
   function visit(graph, prefix, enclosing, isOff) {
@@ -171,6 +192,7 @@ function draw() {
       const verdict = verdicts.get(id)
       if (verdict?.isLast && isNodeOff) verdicts.delete(id)
       else if (verdict && verdict.node_type === (node.comfyClass ?? node.type)) {
+        records.set(node, verdict.record)
         const isOnly = verdict.lines.length === 1
         for (const line of verdict.lines) {
           const text = isOnly ? line.text : `${line.sampler}: ${line.text}`
@@ -187,7 +209,7 @@ function draw() {
   }
 
   visit(root, '', [], false)
-  for (const [node, nodeRows] of rows) show(node, nodeRows)
+  for (const [node, nodeRows] of rows) show(node, nodeRows, records.get(node))
 }
 
 /** @param {string} prefix @param {Node[]} enclosing */
@@ -195,10 +217,11 @@ function instanceOf(prefix, enclosing) {
   return enclosing.length ? `${enclosing.at(-1).title} ${prefix.replace(/:$/, '')}` : ''
 }
 
-/** @param {Node} node @param {Row[]} rows */
-function show(node, rows) {
+/** @param {Node} node @param {Row[]} rows @param {any} record */
+function show(node, rows, record) {
   if (!rows.length && !panels.has(node)) return
   const panel = panels.get(node) ?? attach(node)
+  showDetail(panel, record)
   const drawn = JSON.stringify(rows)
   if (drawn === panel.drawn) return
 
@@ -210,33 +233,58 @@ function show(node, rows) {
   panel.drawn = drawn
   panel.widget.hidden = isEmpty
   panel.widget.element.hidden = isEmpty
-  panel.widget.element.ariaBusy = String(rows.some((row) => row.state === 'running'))
-  panel.content.replaceChildren(...elements(rows))
+  panel.rows.ariaBusy = String(rows.some((row) => row.state === 'running'))
+  panel.rows.replaceChildren(...elements(rows))
   node.setDirtyCanvas(true, true)
+}
+
+/** @param {Panel} panel @param {any} record */
+function showDetail(panel, record) {
+  const drawDetail = details.get(panel.node.comfyClass ?? panel.node.type)
+  if (!drawDetail || record === panel.record) return
+  const isEqual = JSON.stringify(record) === JSON.stringify(panel.record)
+  panel.record = record
+  if (isEqual) return
+
+  const detail = record ? drawDetail(record, panel.detail) : null
+  if (detail === panel.detail) return
+  panel.detail?.remove()
+  panel.detail = detail
+  if (detail) panel.content.append(detail)
 }
 
 /** @param {Row[]} rows @returns {HTMLElement[]} */
 function elements(rows) {
   const isShared = new Set(rows.map((row) => row.instance)).size > 1
   return rows.map(({ state, text, isLast, instance }, index) => {
-    const symbol = make('span', 'slipstream-verdict__symbol', SYMBOLS[state] ?? '')
-    symbol.role = 'img'
-    symbol.ariaLabel = localized(state) ?? state
-
     const isFirstLast = isLast && !rows[index - 1]?.isLast
-    const words = [isFirstLast && localized('lastRun'), isShared && `${instance}:`, text].filter(Boolean)
+    const words = [isFirstLast && localized(STRINGS, 'lastRun'), isShared && `${instance}:`, text].filter(Boolean)
 
     const row = make('div', 'slipstream-verdict__row')
     row.dataset.state = state
     row.toggleAttribute('data-last', isLast)
-    row.title = symbol.ariaLabel
-    row.append(symbol, make('span', 'slipstream-verdict__text', words.join(' ')))
+    row.append(mark(row, state), make('span', 'slipstream-verdict__text', words.join(' ')))
     return row
   })
 }
 
+/**
+ * Gives an element the colour and the name of a state.
+ * @param {HTMLElement} element
+ * @param {State} state
+ * @returns {HTMLElement} The state's symbol.
+ */
+export function mark(element, state) {
+  const symbol = make('span', 'slipstream-verdict__symbol', SYMBOLS[state] ?? '')
+  symbol.role = 'img'
+  symbol.ariaLabel = localized(STRINGS, state) ?? state
+  element.title = symbol.ariaLabel
+  element.style.setProperty('--state', COLORS[state] ?? COLORS.off)
+  return symbol
+}
+
 /** @param {string} tag @param {string} className @param {string} [text] */
-function make(tag, className, text = '') {
+export function make(tag, className, text = '') {
   const element = document.createElement(tag)
   element.className = className
   element.textContent = text
@@ -246,7 +294,6 @@ function make(tag, className, text = '') {
 /** Gives a node its panel: once, for as long as the node lives. @param {Node} node @returns {Panel} */
 function attach(node) {
   const element = make('div', 'slipstream-verdict')
-  element.role = 'status'
   // Selecting and copying the text is not dragging, copying or wiring the node.
   for (const type of ['pointerdown', 'copy', 'contextmenu'])
     element.addEventListener(type, (event) => event.stopPropagation())
@@ -255,7 +302,10 @@ function attach(node) {
     if (!element.closest('[data-node-id]')) app.canvas.processMouseWheel(event)
   })
 
-  const content = make('div', 'slipstream-verdict__rows')
+  const content = make('div', 'slipstream-verdict__content')
+  const rows = make('div', 'slipstream-verdict__rows')
+  rows.role = 'status'
+  content.append(rows)
   element.append(content)
 
   const savesValues = 'widgets_values' in node.serialize()
@@ -275,7 +325,17 @@ function attach(node) {
   widget.hidden = true
 
   /** @type {Panel} */
-  const panel = { node, widget, content, height: 0, bareHeight: node.size[1], drawn: '' }
+  const panel = {
+    node,
+    widget,
+    content,
+    rows,
+    detail: null,
+    height: 0,
+    bareHeight: node.size[1],
+    drawn: '',
+    record: undefined
+  }
   panels.set(node, panel)
   panelOfContent.set(content, panel)
   sizes.observe(content)
