@@ -10,22 +10,28 @@ from loading import ROOT
 
 TEMPLATES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "workflows").glob("*.json"))}
 SD15 = "SD 1.5 - DeepCache, CFG Cutoff and FreeU"
+BENCHMARK = "Benchmark - what each optimization gives"
 
 
 seeds = itertools.count(1000)
 
 
 class Workflow:
-    """The SD 1.5 template, small and fixed, to be rewired by a test. Nodes are found by type."""
+    """A template, small and fixed, to be rewired by a test. Nodes are found by type.
 
-    def __init__(self):
-        self.data = copy.deepcopy(TEMPLATES[SD15])
+    Args:
+        title: the template.
+        sampler: its node that samples, with seed, control and steps as its first widgets.
+    """
+
+    def __init__(self, title=SD15, sampler="KSampler"):
+        self.data = copy.deepcopy(TEMPLATES[title])
         self.set("EmptyLatentImage", 0, 64)
         self.set("EmptyLatentImage", 1, 64)
         # A seed of its own, or the host would answer from what it cached for the test before.
-        self.set("KSampler", 0, next(seeds))
-        self.set("KSampler", 1, "fixed")
-        self.set("KSampler", 2, 8)
+        self.set(sampler, 0, next(seeds))
+        self.set(sampler, 1, "fixed")
+        self.set(sampler, 2, 8)
 
     def node(self, kind: str) -> dict:
         return next(node for node in self.data["nodes"] if node["type"] == kind)

@@ -1,0 +1,158 @@
+"""The Benchmark's panel on the real canvas, in both renderers: what it shows, keeps, and leaves out of the workflow."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from workflows import BENCHMARK, Workflow
+
+NODE = "SlipstreamBenchmark"
+STEPS, RUNS, ABLATION, SAVE = 2, 7, 8, 9
+"""Positions of widgets."""
+
+READ_PANEL = """
+(id) => {
+  const node = slipstreamTest.node(id)
+  const root = node.widgets.find((widget) => widget.element?.matches('.slipstream-verdict'))?.element
+  const panel = root?.querySelector('.slipstream-benchmark')
+  if (!panel) return null
+  const charts = [...panel.querySelectorAll('.slipstream-benchmark__chart svg')]
+  const images = [...panel.querySelectorAll('.slipstream-benchmark__images img')]
+  return {
+    variants: [...panel.querySelectorAll('[data-variant]')].map((row) => row.dataset.variant),
+    text: panel.innerText,
+    marks: charts.map((svg) => svg.querySelectorAll('path').length),
+    images: images.filter((image) => image.naturalWidth > 1 && image.offsetWidth > 1).length,
+    links: [...panel.querySelectorAll('.slipstream-benchmark__saved a')].map((link) => link.href),
+    overflow: panel.scrollWidth - panel.clientWidth
+  }
+}
+"""
+
+
+@pytest.fixture
+def workflow() -> Workflow:
+    workflow = Workflow(BENCHMARK, NODE)
+    workflow.set(NODE, STEPS, 4)
+    workflow.set(NODE, RUNS, 2)
+    return workflow
+
+
+def panel(page, workflow, charts=2):
+    """What the panel shows, once its charts are drawn and its images are there."""
+    node_id = workflow.id(NODE)
+    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    for _ in range(100):
+        shown = page.page.evaluate(READ_PANEL, node_id)
+        if shown and len(shown["marks"]) >= charts and all(shown["marks"]) and shown["images"] >= 2:
+            break
+        page.page.wait_for_timeout(100)
+    return shown
+
+
+def button(page, name):
+    """A button of the panel, wherever the renderer put it."""
+    return page.page.locator(".slipstream-benchmark").get_by_role("button", name=name)
+
+
+def test_it_shows_table_charts_and_images_and_keeps_them(page, workflow):
+    page.load(workflow.data)
+    bare = page.workflow()
+    assert page.run(timeout_s=300).status == "success"
+    shown = panel(page, workflow)
+    variants = ["baseline", "candidate", "CFG Cutoff alone", "DeepCache alone", "FreeU alone"]
+    assert shown["variants"] == variants
+    assert all(count > 0 for count in shown["marks"])
+    assert shown["images"] >= 2
+    assert shown["overflow"] <= 0
+    assert "no guidance from step 2 of 4" in shown["text"]
+    ((state, text),) = [(line.state, line.text) for line in page.verdicts(workflow.id(NODE))]
+    assert state == "active"
+    assert text.startswith("candidate: ")
+    # None of it goes into the workflow.
+    after = page.workflow()
+    assert after["nodes"] == bare["nodes"]
+    page.reload()
+    kept = panel(page, workflow)
+    assert kept["variants"] == variants
+    assert len(kept["marks"]) == len(shown["marks"])
+    assert kept["images"] >= 2
+    (line,) = page.verdicts(workflow.id(NODE))
+    assert line.is_last
+    assert not page.problems()
+
+
+def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
+    workflow.set(NODE, ABLATION, "off")
+    workflow.set(NODE, SAVE, True)
+    page.load(workflow.data)
+    assert page.run(timeout_s=300).status == "success"
+    shown = panel(page, workflow)
+    button(page, "Copy as Markdown").dispatch_event("click")
+    page.settle()
+    copied = page.page.evaluate("() => navigator.clipboard.readText()")
+    assert copied.startswith("### SD15, 64x64, 4 steps of euler, normal, cfg 7.5")
+    assert "| candidate |" in copied
+    answers = [page.page.request.get(link) for link in shown["links"]]
+    assert all(answer.ok for answer in answers)
+    saved = json.loads(answers[0].text())
+    assert [len(variant["runs"]) for variant in saved["variants"]] == [2, 2]
+    assert answers[1].text() == copied
+    assert not page.problems()
+
+
+def test_an_interrupted_one_shows_what_was_measured_and_the_next_prompt_runs(page, workflow):
+    workflow.set(NODE, ABLATION, "off")
+    workflow.set(NODE, RUNS, 50)
+    page.load(workflow.data)
+    queued = page.queue()
+    page.wait_for_verdict(
+        workflow.id(NODE), lambda lines: bool(lines) and lines[0].text.startswith("round 2 of 50"), timeout_s=120
+    )
+    page.interrupt()
+    assert page.wait(queued).status == "interrupted"
+    (line,) = page.verdicts(workflow.id(NODE))
+    assert line.state == "interrupted"
+    assert line.text.startswith("interrupted after ")
+    assert panel(page, workflow)["variants"] == ["baseline", "candidate"]
+    page.set_widget(workflow.id(NODE), "runs", 1)
+    assert page.run(timeout_s=300).status == "success"
+    assert page.verdicts(workflow.id(NODE))[0].state == "active"
+    assert not page.problems()
+
+
+def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
+    benchmark = workflow.node(NODE)
+    entry = next(entry for entry in benchmark["inputs"] if entry["name"] == "vae")
+    workflow.data["links"] = [link for link in workflow.data["links"] if link[0] != entry["link"]]
+    checkpoint = workflow.node("CheckpointLoaderSimple")
+    checkpoint["outputs"][2]["links"] = []
+    entry["link"] = None
+    workflow.set(NODE, ABLATION, "off")
+    page.load(workflow.data)
+    assert page.run(timeout_s=300).status == "success"
+    page.page.wait_for_timeout(1500)
+    shown = page.page.evaluate(READ_PANEL, workflow.id(NODE))
+    assert shown["variants"] == ["baseline", "candidate"]
+    assert shown["images"] == 0
+    assert len(shown["marks"]) == 2
+    assert not page.problems()
+
+
+def test_in_the_light_theme(open_page, workflow):
+    workflow.set(NODE, ABLATION, "off")
+    page = open_page("vue", theme="light")
+    page.load(workflow.data)
+    assert page.run(timeout_s=300).status == "success"
+    assert panel(page, workflow)["variants"] == ["baseline", "candidate"]
+    assert not page.problems()
+
+
+def test_the_nodes_show_the_candidates_own_verdict_once(page, workflow):
+    page.load(workflow.data)
+    assert page.run(timeout_s=300).status == "success"
+    for name in ("SlipstreamDeepCache", "SlipstreamCFGCutoff", "SlipstreamFreeU"):
+        (line,) = page.verdicts(workflow.id(name))
+        assert line.state == "active"
