@@ -1,4 +1,4 @@
-"""An SD 1.5 checkpoint with random weights, small enough for a CPU, that ComfyUI loads as any other."""
+"""SD 1.5 checkpoints with random weights that ComfyUI loads as any other: small enough for any CPU, or full-size."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-UNET = {
+SD15 = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
@@ -19,6 +20,15 @@ UNET = {
     "num_heads": 8,
     "legacy": False,
     "use_spatial_transformer": True,
+    "channel_mult": [1, 2, 4, 4],
+    "num_res_blocks": [2, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+}
+
+TINY = {
+    **SD15,
     # Three levels, because FreeU acts on 2 and 4 times `model_channels` and DeepCache needs something to skip;
     # one attention block, the least from which the host still reads `context_dim`.
     "channel_mult": [1, 2, 4],
@@ -28,6 +38,8 @@ UNET = {
     "transformer_depth_middle": -1,
 }
 """The host detects SD 1.5 by `model_channels` and `context_dim`; everything else may be small."""
+
+UNETS = {"tiny": TINY, "sd15": SD15}
 
 CLIP_L = {
     "num_hidden_layers": 12,
@@ -53,8 +65,8 @@ def random_weights(shapes: dict[str, torch.Size], generator: torch.Generator) ->
     return weights
 
 
-def make_checkpoint(path: Path) -> None:
-    """Write the checkpoint. ComfyUI must be importable, and set to the CPU where that is all there is."""
+def make_checkpoint(path: Path, unet: dict[str, Any]) -> None:
+    """Write a checkpoint with this UNet. ComfyUI must be importable, and set to the CPU where that is all there is."""
     from comfy.clip_model import CLIPTextModel
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from comfy.ops import disable_weight_init
@@ -62,7 +74,7 @@ def make_checkpoint(path: Path) -> None:
 
     with torch.device("meta"):  # shapes only
         modules = {
-            "model.diffusion_model.": UNetModel(**UNET, operations=disable_weight_init),
+            "model.diffusion_model.": UNetModel(**unet, operations=disable_weight_init),
             "cond_stage_model.transformer.": CLIPTextModel(CLIP_L, torch.float16, "meta", disable_weight_init),
             "first_stage_model.": TAESD(),
         }

@@ -9,12 +9,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 START_TIMEOUT_S = 300
-RUN_TIMEOUT_S = 1800
+RUN_TIMEOUT_S = 4 * 3600
 
 
 class Server:
@@ -37,7 +38,15 @@ class Server:
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # In a session or group of its own: a Ctrl-C is ours to handle.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
         try:
             self._wait_until_ready()
         except BaseException:
@@ -83,35 +92,71 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return json.load(response)
 
-    def run(self, prompt: dict[str, Any], workflow: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
-        """Queue a prompt and wait for it.
+    def post(self, path: str, data: dict[str, Any]) -> Any:
+        """Post JSON, and get the answer's."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read() or b"null")
+
+    def queue(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
+        """Queue a prompt.
 
         Args:
             prompt: in API format.
             workflow: the same as saved from the canvas; goes into the images, so that they open as a workflow.
 
         Returns:
-            The prompt's id, its outputs by node, and the seconds from its start to its end on the server's clock.
+            The prompt's id.
         """
-        body = json.dumps({"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": workflow}}}).encode()
-        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
+        info = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                prompt_id = json.load(response)["prompt_id"]
+            return str(self.post("/prompt", {"prompt": prompt, "extra_data": info})["prompt_id"])
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"ComfyUI should accept the prompt, but refused it: {error.read().decode()}") from error
+            why = refusal(json.load(error)) if error.code == 400 else str(error)
+            raise RuntimeError(
+                f"ComfyUI should accept the prompt, but refused it: {why}. Its log: {self.log}"
+            ) from error
+
+    def wait_for(
+        self, prompt_id: str, interval_s: float = 0.1, meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Wait for a prompt's end, and get its history entry. Asking often disturbs what it measures."""
         deadline = time.monotonic() + RUN_TIMEOUT_S
         while time.monotonic() < deadline:
             self._check_alive()
-            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            entry: dict[str, Any] | None = self.get(f"/history/{prompt_id}").get(prompt_id)
             if entry is not None:
-                break
-            time.sleep(0.1)
-        else:
-            raise RuntimeError(f"The prompt should end within {RUN_TIMEOUT_S} s, but did not. Its log: {self.log}")
+                return entry
+            meanwhile()
+            time.sleep(interval_s)
+        raise RuntimeError(f"The prompt should end within {RUN_TIMEOUT_S} s, but did not. Its log: {self.log}")
+
+    def result(self, entry: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """The outputs of a prompt by node, and the seconds from its start to its end on the server's clock.
+
+        Raises:
+            RuntimeError: it did not succeed.
+        """
         messages = dict(entry["status"]["messages"])
         if "execution_success" not in messages:
             why = messages.get("execution_error", {}).get("exception_message", "interrupted").strip()
             raise RuntimeError(f"The prompt should succeed, but failed: {why}. ComfyUI's log: {self.log}")
         began, ended = messages["execution_start"]["timestamp"], messages["execution_success"]["timestamp"]
-        return prompt_id, entry["outputs"], (ended - began) / 1000
+        return entry["outputs"], (ended - began) / 1000
+
+    def run(self, prompt: dict[str, Any], workflow: dict[str, Any]) -> tuple[str, dict[str, Any], float]:
+        """Queue a prompt and wait for it: its id, its outputs by node, and its seconds."""
+        prompt_id = self.queue(prompt, workflow)
+        return (prompt_id, *self.result(self.wait_for(prompt_id)))
+
+
+def refusal(answer: dict[str, Any]) -> str:
+    """Why the server refused a prompt, in one line: what is wrong on which nodes, else with the whole."""
+    wrong = [
+        f"{node['class_type']}: {error['message']} ({error['details']})"
+        for node in dict(answer["node_errors"]).values()
+        for error in node["errors"]
+    ]
+    return "; ".join(wrong) or str(answer["error"]["message"])

@@ -9,21 +9,25 @@ import argparse
 import contextlib
 import copy
 import json
-import shutil
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from checkpoint import is_sd15, make_checkpoint
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui import Server
+from workspace import (
+    PACK,
+    has_gpu,
+    install_pack,
+    make_random_checkpoint,
+    own_checkpoint,
+    run_program,
+    say,
+    show_models,
+)
 
-PACK = Path(__file__).resolve().parent.parent
 TEMPLATE = PACK / "workflows" / "SD 1.5 - DeepCache, CFG Cutoff and FreeU.json"
 LOADER = "CheckpointLoaderSimple"
 BYPASSED = 4
@@ -35,51 +39,6 @@ ENOUGH_S = 50
 """No round begins after this, so that a large model on a CPU stays bearable."""
 RANDOM_MODEL_CPU_PIXELS = 128
 REAL_MODEL_CPU_PIXELS = 256
-
-
-def say(text: str) -> None:
-    print(f"slipstream: {text}", file=sys.stderr, flush=True)
-
-
-def has_gpu() -> bool:
-    """Whether ComfyUI can use more than the CPU here."""
-    xpu = getattr(torch, "xpu", None)
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or bool(xpu and xpu.is_available())
-
-
-def install_pack(base: Path) -> None:
-    """Put the pack into a base directory's custom nodes."""
-    target = base / "custom_nodes" / "slipstream"
-    target.parent.mkdir(parents=True)
-    try:
-        target.symlink_to(PACK, target_is_directory=True)
-    except OSError:  # Windows, without the right to make links
-        shutil.copytree(PACK, target, ignore=shutil.ignore_patterns(".*", "tests", "demo", "__pycache__"))
-
-
-def show_models(comfyui: Path, base: Path) -> list[str]:
-    """The server's options that let it see the user's own models, which a base directory hides."""
-    folders = {path.name: str(path) for path in comfyui.glob("models/*") if path.is_dir()}
-    config = base / "extra_model_paths.yaml"
-    config.write_text(json.dumps({"own": folders}), encoding="utf-8")  # JSON is YAML
-    return ["--extra-model-paths-config", str(config)]
-
-
-def own_checkpoint(comfyui: Path, wanted: str) -> str | None:
-    """The user's own SD 1.5 checkpoint, as the host lists it: the wanted one, or another."""
-    folder = comfyui / "models" / "checkpoints"
-    found = sorted(folder.rglob("*.safetensors"), key=lambda path: path.name != wanted)
-    return next((str(path.relative_to(folder)) for path in found if is_sd15(path)), None)
-
-
-def make_random_checkpoint(comfyui: Path, path: Path) -> None:
-    """Write one with random weights, made from the host's own layers."""
-    sys.path.insert(0, str(comfyui))
-    from comfy.cli_args import args
-
-    args.cpu = True  # importing the host looks for a GPU otherwise; only its layers' shapes are needed
-    path.parent.mkdir(parents=True)
-    make_checkpoint(path)
 
 
 def without_slipstream(workflow: dict[str, Any]) -> dict[str, Any]:
@@ -190,12 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):  # as an exception, so that the server is stopped and the scratch folder removed
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-    try:
-        main()
-    except KeyboardInterrupt:
-        say("stopped")
-    except RuntimeError as error:
-        raise SystemExit(f"slipstream: {error}") from error
+    run_program(main)

@@ -10,7 +10,9 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -54,11 +56,11 @@ class SamplerCall:
     scheduler: str
     denoise: float
 
-    def prepare(self, model: Any, callback: Callable[..., None]) -> Callable[[], torch.Tensor]:
-        """The sampler call on a model, as the KSampler node makes it, with everything before it done.
+    def latent_for(self, model: Any) -> torch.Tensor:
+        """The latent as the host samples it: an empty one gets the model's channels and scale.
 
         Raises:
-            ValueError: the latent is one of several in one, which cannot be compared.
+            ValueError: it is several latents in one, which cannot be compared.
         """
         latent = self.latent["samples"]
         if getattr(latent, "is_nested", False):
@@ -69,7 +71,13 @@ class SamplerCall:
         # The host's own spelling.
         ratios = {name: self.latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
         fix = comfy.sample.fix_empty_latent_channels
-        latent = fix(model, latent, **supported(fix, **ratios))
+        return fix(model, latent, **supported(fix, **ratios))
+
+    def prepare(
+        self, model: Any, callback: Callable[..., None] | None = None, last_step: int | None = None
+    ) -> Callable[[], torch.Tensor]:
+        """The sampler call on a model, as the KSampler node makes it, with everything before it done."""
+        latent = self.latent_for(model)
         noise = comfy.sample.prepare_noise(latent, self.seed, self.latent.get("batch_index"))
         return lambda: comfy.sample.sample(
             model,
@@ -82,6 +90,7 @@ class SamplerCall:
             self.negative,
             latent,
             denoise=self.denoise,
+            last_step=last_step,
             noise_mask=self.latent.get("noise_mask"),
             callback=callback,
             disable_pbar=True,
@@ -123,9 +132,18 @@ class Subject:
     def _hear(self, told: list[tuple[Entry, verdicts.Line]]) -> None:
         self.variant.verdicts = [{"title": entry.config.title, **asdict(line)} for entry, line in told]
 
+    @property
+    def weights(self) -> tuple[int, Any]:
+        """What identifies the weights it samples with."""
+        return id(self.model.model), self.model.patches_uuid
+
+    def settle(self, call: SamplerCall) -> None:
+        """One step, that nobody is told of."""
+        unheard = Audience(lambda told: None, None)
+        call.prepare(Probe(self.model.load_device).on(self.model, unheard), last_step=1)()
+
     def run(self, call: SamplerCall, callback: Callable[..., None]) -> Measured:
         """One run: sampled, and decoded if it is the first one or decoding is measured."""
-        machine.leave_alone_on_device(self.model)
         probe = Probe(self.model.load_device)
         sample = call.prepare(probe.on(self.model, self.audience), callback)
         graphs, compile_s = compiled()
@@ -154,10 +172,17 @@ class Subject:
         self.result = self.result or Result(latent, images)
         return measured
 
-    def _decode(self, latent: torch.Tensor) -> tuple[torch.Tensor, float, tuple[Peak, ...]]:
-        # Its weights belong on the device before the clock starts, as the model's.
-        comfy.model_management.load_models_gpu([self._vae.patcher])
-        images, seconds, peaks = timed(self._vae.device, lambda: self._vae.decode(latent))
+    def _decode(self, latent: torch.Tensor) -> tuple[torch.Tensor | None, float, tuple[Peak, ...]]:
+        vae = self._vae
+        vae.throw_exception_if_invalid()
+        # What it needs is brought to the device, and what is in its way taken off, before the clock starts.
+        images_alone = latent[:, :, 0] if vae.latent_dim == 2 and latent.ndim == 5 else latent
+        memory = vae.memory_used_decode(images_alone.shape, vae.vae_dtype)
+        comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
+        images, seconds, peaks = timed(vae.device, lambda: vae.decode(latent))
+        if images.ndim not in (4, 5) or images.shape[-1] not in (3, 4):
+            self.note("its VAE gives no pictures: only the latents are compared")
+            return None, seconds, peaks
         # Frames of a video are pictures, as for the host's VAEDecode.
         return images.reshape(-1, *images.shape[-3:]).float().cpu(), seconds, peaks
 
@@ -174,6 +199,8 @@ class Subject:
         broken = own.not_finite()
         if broken:
             self.note(f"its {broken} has NaN or infinite values")
+        if self is baseline:
+            return
         if broken == "latent" or other.not_finite() == "latent":
             return
         if own.latent.shape != other.latent.shape:
@@ -187,6 +214,11 @@ class Subject:
             self.note("its picture has another size than the baseline's: only the latents are compared")
             images = None, None
         self.variant.fidelity = compare(other.latent, own.latent, *images)
+
+    def forget_images(self) -> None:
+        """Let go of the pictures: those of a video are large."""
+        if self.result is not None:
+            self.result = replace(self.result, images=None)
 
 
 def timed(device: torch.device, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, tuple[Peak, ...]]:
@@ -217,7 +249,9 @@ class Benchmark:
         self.subjects = subjects
         self.call = call
         self.runs = runs
-        self.files = _Files(save)
+        self.images: list[torch.Tensor] = []
+        self._files = _Files(save)
+        self._weights: tuple[int, Any] | None = None
         self.bar = comfy.utils.ProgressBar((runs + 1) * len(subjects) * call.steps)
         device = subjects[0].model.load_device
         _, memory_is, is_device_memory = machine.device_memory(device)
@@ -230,19 +264,27 @@ class Benchmark:
             variants=[subject.variant for subject in subjects],
             total=(runs + 1) * len(subjects),
         )
+        if machine.waiting(device) is None:
+            self.report.notes.append(f"{device.type} cannot be waited for: times may be those of queueing work")
 
     def _title(self) -> str:
         model, call = self.subjects[0].model, self.call
-        shape = call.latent["samples"].shape
+        shape = call.latent_for(model).shape
         ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-        size = f"{shape[-1] * ratio}x{shape[-2] * ratio}" + (f", batch of {shape[0]}" if shape[0] > 1 else "")
+        size = f"{shape[-1] * ratio}x{shape[-2] * ratio}"
+        if len(shape) == 5:
+            size += f", {shape[2]} latent frames"
+        if shape[0] > 1:
+            size += f", batch of {shape[0]}"
         name = models.describe(model, model.model_options).name
         return f"{name}, {size}, {call.steps} steps of {call.sampler_name}, {call.scheduler}, cfg {call.cfg:g}"
 
     def _settings(self) -> dict[str, Any]:
-        names = ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")
-        shape = list(self.call.latent["samples"].shape)
-        return {"runs": self.runs, "latent": shape} | {name: getattr(self.call, name) for name in names}
+        names = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
+        shape = list(self.call.latent_for(self.subjects[0].model).shape)
+        # A text, since seeds go beyond what JavaScript's numbers hold.
+        fixed = {"runs": self.runs, "seed": str(self.call.seed), "latent": shape}
+        return fixed | {name: getattr(self.call, name) for name in names}
 
     def execute(self) -> None:
         """Measure everything, telling the page after each run.
@@ -260,16 +302,16 @@ class Benchmark:
             raise
         finally:
             self.report.status, self.report.reason = outcome(error)
-            try:
-                self.files.save_report(self.report)
-            except OSError as unsaved:
-                self.report.notes.append(f"the report could not be saved: {unsaved}")
+            self._write(lambda: self._files.save_report(self.report))
             self._tell()
+            # Its traceback holds this frame, and the tensors of those below: no cycle may keep them.
+            error = None
 
     def _measure(self, subject: Subject, is_warm_up: bool) -> None:
         done = self.report.done * self.call.steps
         # The model's own layers stop for an interrupt; here is where one between two runs is seen.
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._make_ready(subject)
         measured = subject.run(self.call, lambda step, *_: self.bar.update_absolute(done + step + 1))
         self.report.done += 1
         self.bar.update_absolute(self.report.done * self.call.steps)
@@ -278,40 +320,59 @@ class Benchmark:
             return
         subject.variant.warm_up = measured
         subject.compare(self.subjects[0])
-        images = self._images(subject)
-        if images is not None:
-            subject.variant.image = self.files.save_picture(images, subject.variant.name)
-        difference = self.difference()
-        if difference is not None and self.report.difference is None:
-            self.report.difference = self.files.save_picture(difference, "difference")
+        self._keep_images(subject)
 
-    @staticmethod
-    def _images(subject: Subject) -> torch.Tensor | None:
-        return None if subject.result is None else subject.result.images
+    def _make_ready(self, subject: Subject) -> None:
+        """Bring the device into the state it would be in if nothing but this variant ran."""
+        others = [other.model.model for other in self.subjects if other.model.model is not subject.model.model]
+        machine.take_off_device(others, subject.model.load_device)
+        if machine.is_dynamic(subject.model) and subject.weights != self._weights:
+            subject.settle(self.call)
+        self._weights = subject.weights
 
-    def difference(self) -> torch.Tensor | None:
-        """Between baseline and candidate, amplified, (B, H, W, C); None where they cannot be compared."""
-        baseline, candidate = (self._images(subject) for subject in self.subjects[:2])
-        if baseline is None or candidate is None or baseline.shape != candidate.shape:
+    def _keep_images(self, subject: Subject) -> None:
+        """Save a variant's picture. Baseline, candidate and their difference are the node's output too."""
+        images = None if subject.result is None else subject.result.images
+        if images is None:
+            return
+        variant = subject.variant
+        variant.image = self._write(lambda: self._files.save_picture(images, variant.name))
+        if variant.role == "ablation":
+            subject.forget_images()
+            return
+        self.images.append(images)
+        if variant.role == "candidate" and len(self.images) == 2 and self.images[0].shape == images.shape:
+            difference = amplified_difference(self.images[0], images)
+            self.images.append(difference)
+            self.report.difference = self._write(lambda: self._files.save_picture(difference, "difference"))
+
+    def _write(self, write: Callable[[], Any]) -> Any:
+        """Write a file. A folder that is full or read-only must not cost the measurement: it is noted."""
+        try:
+            return write()
+        except OSError as error:
+            note = f"not everything could be saved: {error}"
+            self.report.notes += [note] if note not in self.report.notes else []
             return None
-        return amplified_difference(baseline, candidate)
 
     def pictures(self) -> torch.Tensor | ExecutionBlocker:
         """What the IMAGE output gives: baseline, candidate, difference, (3 B, H, W, C)."""
-        baseline, candidate = (self._images(subject) for subject in self.subjects[:2])
-        if baseline is None or candidate is None:
-            return ExecutionBlocker("Benchmark: there are no images without a VAE. Connect one to its vae input.")
-        difference = self.difference()
-        if difference is None:
-            return ExecutionBlocker("Benchmark: baseline and candidate gave images of different sizes.")
-        return torch.cat([baseline, candidate, difference])
+        if len(self.images) == 3:
+            return torch.cat(self.images)
+        return ExecutionBlocker(
+            "Benchmark: there are no images to give. They need a VAE for pictures at the vae input, and the same size."
+        )
 
     def _tell(self, doing: str | None = None) -> None:
         """Show the report as it stands on the node."""
-        report = self.report.as_dict()
+        report = self.as_shown()
         line = verdicts.Line("running", doing) if doing else self._result(report)
-        record = {**report, "markdown": to_markdown(report)}
-        verdicts.publish(self.where, self.node, line, record, (self.number, PREFIX))
+        verdicts.publish(self.where, self.node, line, report, (self.number, PREFIX))
+
+    def as_shown(self) -> dict[str, Any]:
+        """The report, with itself as text."""
+        report = self.report.as_dict()
+        return {**report, "markdown": to_markdown(report)}
 
     def _result(self, report: dict[str, Any]) -> verdicts.Line:
         if self.report.status == "finished":
@@ -330,18 +391,19 @@ class _Files:
         self.type = "output" if is_kept else "temp"
         root = folder_paths.get_output_directory() if is_kept else folder_paths.get_temp_directory()
         self.folder = Path(root) / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.stem = self._reserved() if is_kept else f"{PREFIX}_{uuid4().hex}"
 
-    def _reserved(self) -> str:
-        """The first free number, taken by making its file: nobody's report is ever overwritten."""
+    @cached_property
+    def stem(self) -> str:
+        """What their names begin with. A number is taken by making its file: nothing is ever overwritten."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.is_kept:
+            return f"{PREFIX}_{uuid4().hex}"
         for number in itertools.count(1):
             stem = f"{PREFIX}_{number:05}"
-            try:
-                (self.folder / f"{stem}.json").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            return stem
+            if not any(self.folder.glob(f"{stem}[._]*")):
+                with suppress(FileExistsError):
+                    (self.folder / f"{stem}.json").touch(exist_ok=False)
+                    return stem
         raise AssertionError
 
     def _named(self, name: str) -> dict[str, str]:
@@ -408,6 +470,7 @@ def benchmark(
         vae: the VAE of the baseline, and of the candidate if that has none of its own; None for neither.
         ablation: one of `ABLATIONS`.
     """
+    baseline, candidate = (machine.as_sampled(model, call.positive, call.negative) for model in (baseline, candidate))
     is_decode_timed = candidate_vae is not None
     other_vae = candidate_vae if candidate_vae is not None else vae
     plans = _ablated(plan_of(candidate), ablation)
@@ -421,5 +484,5 @@ def benchmark(
         found = "one Slipstream method" if plan_of(candidate).entries else "no Slipstream method"
         measured.report.notes.append(f"ablation '{ablation}' has nothing to add: the candidate has {found}")
     measured.execute()
-    report = measured.report.as_dict()
-    return io.NodeOutput(measured.pictures(), to_markdown(report), ui={"slipstream_report": [report]})
+    report = measured.as_shown()
+    return io.NodeOutput(measured.pictures(), report["markdown"], ui={"slipstream_report": [report]})

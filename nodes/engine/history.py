@@ -1,4 +1,4 @@
-"""The last run of each plan, for who asks after it: the Report node."""
+"""The last runs of each plan, for who asks after them: the Report node."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ class LastRun:
     told: tuple[tuple[str, verdicts.Line], ...]
 
 
-_kept: OrderedDict[tuple[str | None, Plan], LastRun] = OrderedDict()
+_kept: OrderedDict[tuple[str | None, str | None, Plan], LastRun] = OrderedDict()
 _lock = threading.Lock()
 
 
 def keep(where: verdicts.Prompt, plan: Plan, record: Record, told: list[tuple[Entry, verdicts.Line]]) -> None:
-    """Keep a run as the last one of its plan in its workflow."""
+    """Keep a run as the last one that its sampler made with its plan in its workflow."""
     lines = tuple((entry.config.title, line) for entry, line in told)
     with _lock:
-        key = (where.workflow, plan)
+        key = (where.workflow, where.node, plan)
         _kept[key] = LastRun(where.id, where.sampler, record.as_dict(), lines)
         _kept.move_to_end(key)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
 
 
-def last_run(where: verdicts.Prompt, plan: Plan) -> LastRun | None:
-    """The last run of a plan: in this workflow, or else in any, since the host's cache, which knows no
-    workflows, may answer for a sampler with what another one's run made."""
+def last_runs(where: verdicts.Prompt, plan: Plan) -> list[LastRun]:
+    """This prompt's runs of a plan, one for each sampler, in the order they ended. If there are none, the last one of
+    an earlier prompt: in this workflow, or else in any, since the host's cache, which knows no workflows,
+    may answer for a sampler with what another one's run made."""
     with _lock:
-        anywhere = (run for (_, other), run in reversed(_kept.items()) if other == plan)
-        return _kept.get((where.workflow, plan)) or next(anywhere, None)
+        runs = [(workflow, run) for (workflow, _, other), run in _kept.items() if other == plan]
+    of_this_prompt = [run for workflow, run in runs if (workflow, run.prompt_id) == (where.workflow, where.id)]
+    of_this_workflow = [run for workflow, run in runs if workflow == where.workflow]
+    return of_this_prompt or of_this_workflow[-1:] or [run for _, run in runs[-1:]]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import platform
 import re
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import psutil
 import torch
 
@@ -24,15 +26,17 @@ PACK = Path(__file__).resolve().parents[2]
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, for whoever reads the figures elsewhere."""
+    # The host has a placeholder for DirectML.
+    has_memory = device.type != "privateuseone"
     return {
         "device": comfy.model_management.get_torch_device_name(device),
         "device_type": device.type,
-        "device_memory_mib": round(comfy.model_management.get_total_memory(device) / MIB),
+        "device_memory_mib": round(comfy.model_management.get_total_memory(device) / MIB) if has_memory else None,
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_mib": round(psutil.virtual_memory().total / MIB),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "comfyui": _comfyui_version(),
@@ -63,15 +67,21 @@ def _own_version() -> str:
     return found.group(1) if found else "unknown"
 
 
+def waiting(device: torch.device) -> Callable[[], None] | None:
+    """How to wait for all work on a device; None where that cannot be done, as with DirectML."""
+    if device.type == "cpu":
+        return lambda: None
+    if device.type == "mps":
+        return torch.mps.synchronize
+    module: Any = getattr(torch, device.type, None)
+    return partial(module.synchronize, device) if hasattr(module, "synchronize") else None
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for all work on a device, where it can be waited for: a clock read before shows when work was queued."""
-    if device.type == "mps":
-        torch.mps.synchronize()
-        return
-    # DirectML has no module of its own.
-    module: Any = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(module, "synchronize"):
-        module.synchronize(device)
+    wait = waiting(device)
+    if wait is not None:
+        wait()
 
 
 def clock(device: torch.device) -> float:
@@ -80,9 +90,12 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+_process = psutil.Process()
+
+
 def ram_in_use() -> int:
     """Bytes of this process that are in RAM."""
-    return int(psutil.Process().memory_info().rss)
+    return int(_process.memory_info().rss)
 
 
 def device_memory(device: torch.device) -> tuple[Callable[[], int], str, bool]:
@@ -98,7 +111,10 @@ def device_memory(device: torch.device) -> tuple[Callable[[], int], str, bool]:
             free, total = module.mem_get_info(device)
             return int(total - free)
 
-        return in_use, "peak in use on the whole device, other programs included, as the device tells", True
+        # Some Intel drivers have the function, but no answer.
+        with contextlib.suppress(RuntimeError):
+            in_use()
+            return in_use, "peak in use on the whole device, other programs included, as the device tells", True
     if device.type == "mps":
         return torch.mps.driver_allocated_memory, "peak allocated by the Metal driver for this process", True
     words = "increase of this process's resident memory during the run, the weights it already had not included"
@@ -128,12 +144,30 @@ def _malloc_trim() -> Any:
         return None
 
 
-def leave_alone_on_device(patcher: Any) -> None:
-    """Take all other models off the device: beside one of another variant, a model might be loaded in part
-    only, and its memory could not be told from theirs."""
-    device = patcher.load_device
+def take_off_device(models: Iterable[Any], device: torch.device) -> None:
+    """Unload inner models: beside one of another variant, a model might be loaded in part only, and its
+    memory could not be told from theirs."""
     if device.type == "cpu":
         return
     loaded = comfy.model_management.current_loaded_models
-    kept = [one for one in loaded if one.model is not None and one.model.model is patcher.model]
-    comfy.model_management.free_memory(1e30, device, kept)
+    unwanted = {id(model) for model in models}
+    kept = [one for one in loaded if one.model is None or id(one.model.model) not in unwanted]
+    if len(kept) < len(loaded):
+        comfy.model_management.free_memory(1e30, device, kept)
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether the host's DynamicVRAM brings this model's weights to the device as they are used, in the first step."""
+    return bool(getattr(patcher, "is_dynamic", lambda: False)())
+
+
+def as_sampled(patcher: Any, *conditionings: Any) -> Any:
+    """The model that the host will sample with these conditionings.
+
+    With hooks on one of them (0.28 and newer), it is a copy of a dynamic model that is read from disk, once for
+    each patcher: made here once, and not by each run's clone.
+    """
+    has_hooks = getattr(comfy.sampler_helpers, "cond_has_hooks", None)
+    if has_hooks is None or not is_dynamic(patcher) or not any(has_hooks(cond) for cond in conditionings):
+        return patcher
+    return patcher.get_non_dynamic_delegate()

@@ -87,7 +87,8 @@ class Record:
         """Close the record."""
         now = time.perf_counter()
         self.elapsed_s = now - self._began
-        self._clock.end(now)
+        if error is None:  # else the last step is not over
+            self._clock.end(now)
         self.step_s = self._clock.step_s
         self.status, self.reason = outcome(error)
 

@@ -8,23 +8,25 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import verdicts
-from .history import LastRun, last_run
+from .history import LastRun, last_runs
 from .node import node_of
 from .plan import Plan, plan_of
 
 
 def show_last_run(node: type[io.ComfyNode], model: Any) -> io.NodeOutput:
-    """The output of the node: the last run of a MODEL as text, and that text as the node's verdict."""
+    """The output of the node: the last runs of a MODEL as text, and that text as the node's verdict."""
     where, plan = verdicts.current_prompt(), plan_of(model)
-    run = last_run(where, plan)
-    if run is None:
-        line = verdicts.Line("inert", _why_nothing(plan))
+    runs = last_runs(where, plan)
+    if runs:
+        line = verdicts.Line(_worst(runs), "\n".join(_text(run, run.prompt_id != where.id) for run in runs))
     else:
-        is_earlier = run.prompt_id != where.id
-        text = "\n".join([_counts(run, is_earlier), *(f"{title}: {line.text}" for title, line in run.told)])
-        line = verdicts.Line(_worst(run), text)
-    verdicts.publish(where, node_of(node), line, {} if run is None else run.record, (1, "report"))
-    return io.NodeOutput(line.text, ui={"slipstream_report": [line.text]})
+        line = verdicts.Line("inert", _why_nothing(plan))
+    verdicts.publish(where, node_of(node), line, runs[-1].record if runs else {}, (1, "report"))
+    return io.NodeOutput(line.text, ui={"slipstream_run": [line.text]})
+
+
+def _text(run: LastRun, is_earlier: bool) -> str:
+    return "\n".join([_counts(run, is_earlier), *(f"{title}: {line.text}" for title, line in run.told)])
 
 
 def _why_nothing(plan: Plan) -> str:
@@ -52,7 +54,7 @@ def _counts(run: LastRun, is_earlier: bool) -> str:
     return f"an earlier prompt's run: {text}" if is_earlier else text
 
 
-def _worst(run: LastRun) -> Any:
+def _worst(runs: list[LastRun]) -> Any:
     """The state that the whole report is shown in: that of the method that needs attention most."""
-    states = [line.state for _, line in run.told]
+    states = [line.state for run in runs for _, line in run.told]
     return next((state for state in ("failed", "interrupted", "inert") if state in states), "active")

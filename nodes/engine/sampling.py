@@ -69,12 +69,17 @@ def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sig
     error: BaseException | None = None
     try:
         run.begin()
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        # The run's time is that of its work, not of queueing it.
+        machine.synchronize(guider.model_patcher.load_device)
+        return samples
     except BaseException as raised:
         error = raised
         raise
     finally:
         run.end(error)
+        # Its traceback holds this frame, and the tensors of those below: no cycle may keep them.
+        error = None
 
 
 class SamplingRun:
@@ -163,8 +168,6 @@ class SamplingRun:
     def end(self, error: BaseException | None) -> None:
         """Take everything back and say what became of it."""
         self._remove()
-        if error is None:
-            machine.synchronize(self.guider.model_patcher.load_device)
         self.record.end(error)
         self.publish()
         told = list(zip(self.plan.entries, self.lines(), strict=True))

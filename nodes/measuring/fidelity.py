@@ -42,7 +42,7 @@ def compare(
     Source: PSNR and SSIM are kornia's (Z. Wang et al., "Image Quality Assessment: From Error
     Visibility to Structural Similarity", 2004; whole windows only).
     """
-    difference = torch.linalg.vector_norm((variant - baseline).float())
+    difference = torch.linalg.vector_norm(variant.float() - baseline.float())
     error = float(difference / torch.linalg.vector_norm(baseline.float()).clamp_min(torch.finfo(torch.float32).tiny))
     is_identical = torch.equal(baseline, variant)
     if baseline_images is None or variant_images is None:
@@ -53,7 +53,11 @@ def compare(
     first, second = (images.float().movedim(-1, 1).clamp(0, 1) for images in (baseline_images, variant_images))
     window = min(SSIM_WINDOW, first.shape[-2], first.shape[-1])
     window -= 1 - window % 2
-    similarity = float(ssim(first, second, window, padding="valid").mean())
+    # One by one: the filters' buffers of a whole video would not fit.
+    similar = [
+        float(ssim(*pair, window, padding="valid").mean()) for pair in zip(first[:, None], second[:, None], strict=True)
+    ]
+    similarity = math.fsum(similar) / len(similar)
     decibel = float(psnr(second, first, 1.0))
     return Fidelity(error, is_identical, similarity, decibel if math.isfinite(decibel) else None)
 

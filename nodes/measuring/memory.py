@@ -39,6 +39,7 @@ class PeakMemory:
         self._interval_s = interval_s
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="slipstream-memory", daemon=True)
+        self._failure: Exception | None = None
         self._first: list[int] = []
         self._most: list[int] = []
 
@@ -54,10 +55,16 @@ class PeakMemory:
         self._is_over.set()
         self._thread.join()
         self._sample()
+        # No figure is made of the samples before a reader failed.
+        if self._failure is not None and error is None:
+            raise self._failure
 
     def _watch(self) -> None:
-        while not self._is_over.wait(self._interval_s):
-            self._sample()
+        try:
+            while not self._is_over.wait(self._interval_s):
+                self._sample()
+        except Exception as failure:
+            self._failure = failure
 
     def _sample(self) -> None:
         self._most = [max(most, read()) for most, read in zip(self._most, self._readers, strict=True)]

@@ -31,7 +31,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster: the baseline's median time over the variant's.
+    """How many times faster: the baseline's time over the variant's, with each step at its median over the rounds.
 
     Attributes:
         value: above 1 the variant is faster.
@@ -65,10 +65,11 @@ def speedup(baseline_s: Sequence[Sequence[float]], variant_s: Sequence[Sequence[
     so a hiccup in one step of one round is no part of the ratio. Rounds are resampled whole, since
     what disturbs one round disturbs its steps and both of its runs. Of a handful of rounds,
     percentiles of the resampled ratio are far too narrow (three rounds of equal runs would show a
-    difference in a quarter of all cases), so the bootstrap gives the standard error, of the
-    logarithm, and Student's t with n - 1 degrees of freedom makes the interval of it. Source: T. C. Hesterberg,
-    "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), on t
-    intervals with bootstrap standard errors.
+    difference in a fifth of all cases), so the bootstrap gives the standard error, of the logarithm,
+    and Student's t with n - 1 degrees of freedom makes the interval of it: T. C. Hesterberg, "What Teachers
+    Should Know About the Bootstrap", The American Statistician 69 (2015), on t intervals with
+    bootstrap standard errors. The error is half the width of the middle 68 % of the resampled ratios,
+    as of a normal distribution: their tails are those resamples that drew one disturbed round most often.
 
     Args:
         baseline_s, variant_s: (rounds, parts) seconds of the parts that make up each run; the same
@@ -90,6 +91,7 @@ def speedup(baseline_s: Sequence[Sequence[float]], variant_s: Sequence[Sequence[
         return Ratio(math.exp(value))
     resampled = stats.bootstrap(
         (every,), log_ratio, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0)
-    )
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, rounds - 1) * resampled.standard_error)
+    ).bootstrap_distribution
+    low, high = np.quantile(resampled, stats.norm.cdf([-1.0, 1.0]))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, rounds - 1) * (high - low) / 2)
     return Ratio(math.exp(value), math.exp(value - reach), math.exp(value + reach))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import time
 import weakref
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.sample
 import comfy.sd
@@ -19,7 +21,7 @@ import torch
 from comfy.taesd.taesd import TAESD
 from comfy_execution.graph_utils import ExecutionBlocker
 from hosted import Counter, PlantedError, execute, latent, prompt, run_node, sample
-from small_models import initialize
+from small_models import DIT, initialize
 
 import nodes as host_nodes
 
@@ -239,6 +241,13 @@ def test_a_baseline_with_methods_of_its_own_has_its_own_line_on_their_nodes(mode
     assert len(last_lines("5")) == 1
 
 
+def test_a_number_whose_pictures_are_still_there_is_not_taken_again(model, benchmark, folders):
+    (folders / "output" / "slipstream").mkdir()
+    (folders / "output" / "slipstream" / "benchmark_00001_baseline.png").touch()
+    report = report_of(benchmark(model, model, save=True))
+    assert report["saved"]["json"]["filename"] == "benchmark_00002.json"
+
+
 def test_it_saves_everything_and_never_overwrites(model, benchmark, vae, folders):
     reports = [report_of(benchmark(model, carrying(model, "SlipstreamFreeU"), vae=vae, save=True)) for _ in range(2)]
     folder = folders / "output" / "slipstream"
@@ -269,7 +278,7 @@ def test_a_report_that_cannot_be_saved_is_still_shown_and_says_so(model, benchma
     report = report_of(benchmark(model, model, save=True))
     assert report["status"] == "finished"
     assert report["saved"] == {}
-    assert report["notes"] == ["the report could not be saved: [Errno 28] No space left on device"]
+    assert report["notes"] == ["not everything could be saved: [Errno 28] No space left on device"]
 
 
 def test_without_saving_nothing_is_left_in_the_output_folder(model, benchmark, vae, folders):
@@ -287,7 +296,7 @@ def test_without_a_vae_latents_are_compared_and_the_image_output_says_why_it_is_
     assert fidelity["ssim"] is None
     assert fidelity["latent_error"] > 0
     assert isinstance(output.result[0], ExecutionBlocker)
-    assert "Connect one to its vae input" in output.result[0].message
+    assert "They need a VAE for pictures" in output.result[0].message
 
 
 def test_a_vae_of_the_candidates_own_is_measured_in_each_round(model, benchmark, vae):
@@ -303,7 +312,89 @@ def test_a_batch_gives_all_its_pictures(model, benchmark, vae):
     assert output.result[0].shape == (6, 128, 128, 3)
 
 
-def test_models_of_other_families_and_of_other_latents(benchmark):
+def test_loading_is_no_part_of_the_time(model, benchmark, monkeypatch):
+    load, total, real = comfy.model_management.load_models_gpu, [], comfy.sample.sample
+
+    def slow(*args, **kwargs):
+        time.sleep(0.3)
+        return load(*args, **kwargs)
+
+    def timed(*args, **kwargs):
+        began = time.perf_counter()
+        samples = real(*args, **kwargs)
+        total.append(time.perf_counter() - began)
+        return samples
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", slow)
+    monkeypatch.setattr(comfy.sample, "sample", timed)
+    variants = report_of(benchmark(model, model, runs=2))["variants"]
+    runs = [variant["warm_up"] for variant in variants]
+    runs += [variant["runs"][number] for number in range(2) for variant in variants]
+    for run, seconds in zip(runs, total, strict=True):
+        assert run["loading_s"] >= 0.3
+        assert run["seconds"] == pytest.approx(seconds - run["loading_s"], abs=0.02)
+        assert sum(run["step_s"]) <= run["seconds"]
+
+
+@pytest.mark.parametrize(("is_same", "settled"), [(True, 1), (False, 4)])
+def test_weights_that_come_as_they_are_used_come_before_the_clock_starts(
+    is_same, settled, model, benchmark, monkeypatch
+):
+    """Under DynamicVRAM, a step goes before each run that follows another model's."""
+    monkeypatch.setattr(hosted.engine("machine"), "is_dynamic", lambda patcher: True)
+    calls, real = [], comfy.sample.sample
+    monkeypatch.setattr(
+        comfy.sample, "sample", lambda *args, **kwargs: calls.append(kwargs["last_step"]) or real(*args, **kwargs)
+    )
+    candidate = carrying(model if is_same else hosted.model("SD15", seed=1), "SlipstreamCFGCutoff")
+    report = report_of(benchmark(model, candidate, runs=1))
+    assert calls.count(1) == settled
+    assert calls.count(None) == 4
+    assert [variant["evaluations"] for variant in report["variants"]] == [6, 6]
+
+
+def test_the_other_variants_models_are_taken_off_the_device_and_no_others(model, monkeypatch):
+    other, third = hosted.model("SD15", seed=1), hosted.model("SD15", seed=2)
+    for one in (model, other, third):
+        sample(one, steps=1)
+    kept = []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda _, device, keep: kept.extend(keep))
+    take_off = hosted.engine("machine").take_off_device
+    take_off([other.model], torch.device("cpu"))
+    assert not kept
+    take_off([other.model], torch.device("meta"))
+    models = [one.model.model for one in kept]
+    assert model.model in models
+    assert third.model in models
+    assert other.model not in models
+
+
+def test_an_empty_latent_gets_the_models_channels(benchmark):
+    family, config = DIT
+    wide = hosted.build(family({**config, "in_channels": 16}))
+    wide.model.latent_format = comfy.latent_formats.SD3()
+    empty = {"samples": torch.zeros(1, 4, 16, 16), "downscale_ratio_spacial": 8}
+    report = report_of(benchmark(wide, carrying(wide, "SlipstreamCFGCutoff"), runs=1, latent_image=empty))
+    assert report["settings"]["latent"] == [1, 16, 16, 16]
+    assert "128x128" in report["title"]
+    assert report["variants"][1]["fidelity"]["latent_error"] > 0
+
+
+def test_a_vae_that_gives_no_pictures_leaves_the_latents_to_compare(model, benchmark, vae, monkeypatch):
+    monkeypatch.setattr(vae, "decode", lambda latent: torch.zeros(1, 44100, 2))
+    output = benchmark(model, carrying(model, "SlipstreamFreeU"), vae=vae)
+    variant = report_of(output)["variants"][1]
+    assert variant["problems"] == ["its VAE gives no pictures: only the latents are compared"]
+    assert variant["fidelity"]["ssim"] is None
+    assert isinstance(output.result[0], ExecutionBlocker)
+
+
+def test_a_checkpoint_without_a_vae_is_told_as_the_host_tells_it(model, benchmark):
+    with pytest.raises(RuntimeError, match="VAE is invalid"):
+        benchmark(model, model, vae=comfy.sd.VAE(sd={}))
+
+
+def test_models_of_other_families(benchmark):
     dit = hosted.model("DiT")
     report = report_of(benchmark(dit, carrying(dit, "SlipstreamCFGCutoff"), runs=1))
     assert report["variants"][1]["rows"] == 9

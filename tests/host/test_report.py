@@ -58,6 +58,16 @@ def test_two_samplers_of_one_chain_each_have_their_own_run(model, verdicts):
     assert ": 8 steps in" in report(second)
 
 
+def test_two_samplers_of_one_model_are_both_shown(model, verdicts):
+    model = run_node("SlipstreamDeepCache", model, "1")
+    sample(model, steps=4)
+    verdicts.here = verdicts.Prompt("first", "workflow", "5", None, {"5": {"class_type": "KSampler", "inputs": {}}})
+    sample(model, steps=6)
+    first, second = (line for line in report(model).splitlines() if "KSampler" in line)
+    assert first.startswith("KSampler 3: 4 steps")
+    assert second.startswith("KSampler 5: 6 steps")
+
+
 def test_clones_that_other_nodes_make_are_the_same_model(model, verdicts):
     model = run_node("SlipstreamDeepCache", model, "1")
     sample(hosted.add_lora(model))
@@ -83,6 +93,8 @@ def test_an_interrupted_run_says_so(model, verdicts):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(model, callback=stop)
     assert report(model).startswith("KSampler 3: interrupted after ")
+    # Two steps were over, the third was cut off.
+    assert len(verdicts._kept[("workflow", "9")].record["step_s"]) == 2
     ((line),) = verdicts._kept[("workflow", "9")].lines.values()
     assert line["state"] == "interrupted"
 

@@ -43,6 +43,23 @@ def test_a_real_allocation_of_256_mib():
     assert memory.peaks[0].increase_mib == pytest.approx(256, rel=0.1)
 
 
+def test_no_figure_is_made_where_reading_failed():
+    calls = iter([0, 0])
+
+    def read():
+        try:
+            return next(calls)
+        except StopIteration:
+            raise RuntimeError("no answer") from None
+
+    def slow():
+        with PeakMemory(read, interval_s=0.001):
+            time.sleep(0.2)
+
+    with pytest.raises(RuntimeError, match="no answer"):
+        slow()
+
+
 def test_it_stops_watching_also_after_an_error():
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="planted"), PeakMemory(lambda: 0):

@@ -23,7 +23,7 @@ def test_equal_runs_rarely_show_a_difference_and_a_tenth_is_found(rounds):
     found = sum(speedup(runs(rng, rounds, 1.1), runs(rng, rounds)).is_difference for _ in range(trials))
     assert false <= 0.07 * trials
     # Of three rounds Student's t asks for much.
-    assert found >= {3: 0.3, 5: 0.85, 10: 0.97}[rounds] * trials
+    assert found >= {3: 0.2, 5: 0.9, 10: 0.97}[rounds] * trials
 
 
 def test_the_interval_holds_the_planted_ratio():

@@ -17,6 +17,8 @@ import { imagesSection } from './benchmark/pictures.mjs'
 import { details, make, mark } from './verdicts.js'
 
 const TYPE = 'SlipstreamBenchmark'
+/** Of the reports that this panel understands: a page that is open over an update gets newer ones. */
+const SCHEMA = 1
 const NEW_NODE_WIDTH = 640
 const COPIED_MS = 1500
 
@@ -142,7 +144,7 @@ const STYLE = `
 const updates = new WeakMap()
 
 details.set(TYPE, (report, previous) => {
-  if (!report.variants?.length) return null
+  if (report.schema !== SCHEMA || !report.variants?.length) return null
   const element = previous ?? createPanel()
   updates.get(element)(report)
   return element

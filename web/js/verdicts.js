@@ -253,6 +253,16 @@ function showDetail(panel, record) {
   if (detail) panel.content.append(detail)
 }
 
+/** What fails to draw one node must not leave the others without their verdicts. */
+function tryDetail(drawDetail, record, element) {
+  try {
+    return drawDetail(record, element)
+  } catch (error) {
+    console.error('Slipstream: the details of a node could not be drawn', error)
+    return null
+  }
+}
+
 /** @param {Row[]} rows @returns {HTMLElement[]} */
 function elements(rows) {
   const isShared = new Set(rows.map((row) => row.instance)).size > 1

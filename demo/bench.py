@@ -1,0 +1,233 @@
+"""`./slipstream bench`, inside the environment that the launcher makes: the Benchmark node in a real ComfyUI, headless.
+
+The server runs in a scratch base directory: nothing is written into the ComfyUI that is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_options import METHODS, add_options
+from comfyui import Server
+from workspace import (
+    has_gpu,
+    install_pack,
+    link,
+    make_random_checkpoint,
+    own_checkpoint,
+    run_program,
+    say,
+    show_models,
+)
+
+NODE = "SlipstreamBenchmark"
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+INTERVAL_S = 5
+POSITIVE = "a lighthouse on a cliff above a stormy sea, last light, oil painting"
+NEGATIVE = "blurry, low quality, text, watermark"
+CPU_PIXELS = {"tiny": 128, "sd15": 256, None: 256}
+GPU_PIXELS = 512
+
+Prompt = dict[str, dict[str, Any]]
+"""In API format: nodes by id."""
+
+
+def parse_method(text: str, nodes: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """A ``NAME:input=value,...`` as a node of the server's and the inputs that are given.
+
+    Raises:
+        RuntimeError: there is no such node or input; the message lists what there is.
+    """
+    name, _, settings = text.partition(":")
+    models = {kind: entry for kind, entry in nodes.items() if entry["category"] == "Slipstream/model"}
+    kind = name if name in models else f"Slipstream{name}"
+    if kind not in models:
+        there = ", ".join(sorted(one.removeprefix("Slipstream") for one in models))
+        raise RuntimeError(f"--method should name a Slipstream node on a model ({there}), but is {name}")
+    inputs = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        known = [one for one in inputs_of(models[kind]) if one != "model"]
+        if key not in known:
+            raise RuntimeError(f"--method {name} should set its inputs ({', '.join(known)}), but sets {key}")
+        inputs[key] = value
+    return kind, inputs
+
+
+def inputs_of(node: dict[str, Any]) -> dict[str, list[Any]]:
+    """The inputs of a node as the server describes it: name to type and options."""
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+def default(described: list[Any]) -> Any:
+    """An input's default as the page has it: its own, or a list's first. None for what must be wired."""
+    kind, options = described[0], described[1] if len(described) > 1 else {}
+    choices = kind if isinstance(kind, list) else options.get("options", [])
+    return options.get("default", choices[0] if choices else None)
+
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    "INT": int,
+    "FLOAT": float,
+    "BOOLEAN": {"true": True, "false": False}.__getitem__,
+}
+
+
+def typed(value: str, described: list[Any]) -> Any:
+    """A value of the command line as its input takes it. Ranges and choices are the server's to check.
+
+    Raises:
+        RuntimeError: it is of another type.
+    """
+    kind = described[0] if isinstance(described[0], str) else ""
+    try:
+        return TYPES[kind](value) if kind in TYPES else value
+    except (ValueError, KeyError) as error:
+        raise RuntimeError(f"--method should give an input of type {kind} such a value, but gives '{value}'") from error
+
+
+def build_prompt(nodes: dict[str, Any], checkpoint: str, arguments: argparse.Namespace, is_random: bool) -> Prompt:
+    """The benchmark as an API prompt: a checkpoint as baseline, and with the wanted methods as candidate."""
+    prompt: Prompt = {}
+
+    def add(kind: str, **inputs: Any) -> str:
+        described = inputs_of(nodes[kind])
+        required = nodes[kind]["input"].get("required", {})
+        defaults = {name: default(required[name]) for name in required}
+        number = str(len(prompt) + 1)
+        values = {
+            name: typed(value, described[name]) if isinstance(value, str) else value for name, value in inputs.items()
+        }
+        prompt[number] = {"class_type": kind, "inputs": {**defaults, **values}}
+        return number
+
+    loader = add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    model = loader
+    for method in arguments.method or METHODS:
+        kind, inputs = parse_method(method, nodes)
+        model = add(kind, model=[model, 0], **inputs)
+    wired: dict[str, Any] = {"baseline": [loader, 0], "candidate": [model, 0]}
+    for side, text in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        wired[side] = [add("CLIPTextEncode", text=text, clip=[loader, 1]), 0]
+    wired["latent_image"] = [add("EmptyLatentImage", width=arguments.size, height=arguments.size), 0]
+    if not is_random:
+        wired["vae"] = [loader, 2]
+    call = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "scheduler", "runs", "ablation")}
+    add(NODE, **wired, **call, sampler_name=arguments.sampler, denoise=1.0, save=True)
+    return prompt
+
+
+class Progress:
+    """Prints what the Benchmark node shows, whenever it changes."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.report: dict[str, Any] = {}
+        self._told = ""
+
+    def __call__(self) -> None:
+        for verdict in self.server.get("/slipstream/verdicts")["verdicts"]:
+            if verdict["node_type"] == NODE:
+                self.report = verdict["record"]
+                text = verdict["lines"][-1]["text"]
+                if text != self._told:
+                    say(text)
+                    self._told = text
+
+
+def measure(server: Server, prompt: Prompt) -> dict[str, Any]:
+    """Run it, and get the report: of what was measured so far, if it was stopped or failed; empty if nothing was."""
+    progress = Progress(server)
+    prompt_id = server.queue(prompt)
+    try:
+        server.wait_for(prompt_id, INTERVAL_S, progress)
+    except KeyboardInterrupt:
+        say("stopping after the step that is running")
+        server.post("/interrupt", {})
+        server.wait_for(prompt_id)
+    progress()
+    return progress.report
+
+
+def repeatable(arguments: argparse.Namespace, checkpoint: str | None) -> str:
+    """The command that repeats a benchmark: all that was chosen, also by default, and no path of this machine."""
+    command = ["./slipstream", "bench"]
+    command += ["--checkpoint", Path(checkpoint).name] if checkpoint else ["--random", arguments.random]
+    for method in arguments.method or METHODS:
+        command += ["--method", method]
+    for name in ("size", "steps", "cfg", "sampler", "scheduler", "seed", "runs", "ablation"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    return shlex.join(command)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="slipstream bench")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--env", type=Path)
+    add_options(parser)
+    arguments = parser.parse_args()
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise RuntimeError(f"--json should be a file in a folder that exists, but is {arguments.json}")
+    output = arguments.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-", ignore_cleanup_errors=True)))
+        install_pack(base)
+        options = [*show_models(arguments.comfyui, base), "--output-directory", str(output)]
+        checkpoints = base / "models" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        name = CHECKPOINT
+        own = None if arguments.random or arguments.checkpoint else own_checkpoint(arguments.comfyui, CHECKPOINT)
+        random = arguments.random = arguments.random or (None if own or arguments.checkpoint else "tiny")
+        if arguments.checkpoint:
+            if not arguments.checkpoint.is_file():
+                raise RuntimeError(f"--checkpoint should be a file, but there is none at {arguments.checkpoint}")
+            name = arguments.checkpoint.name
+            link(arguments.checkpoint.absolute(), checkpoints / name)
+        elif random:
+            say(f"making an SD 1.5 checkpoint with random weights: {random}")
+            make_random_checkpoint(arguments.comfyui, checkpoints / name, random)
+        else:
+            name = own or name
+        if not has_gpu():
+            options.append("--cpu")
+        arguments.size = arguments.size or (GPU_PIXELS if has_gpu() else CPU_PIXELS[random])
+
+        say("starting ComfyUI")
+        server = stack.enter_context(Server(arguments.comfyui, base, output / "server.log", options))
+        nodes = server.get("/object_info")
+        if NODE not in nodes:
+            raise RuntimeError(f"ComfyUI should have loaded the Slipstream pack, but did not. Its log: {server.log}")
+        report = measure(server, build_prompt(nodes, name, arguments, is_random=random is not None))
+
+    if not report.get("variants"):
+        raise RuntimeError(f"nothing was measured. ComfyUI's log: {server.log}")
+    print("\n" + report["markdown"])
+    if random:
+        print("The weights are random: times do not depend on them, but the latent error means nothing.\n")
+    for file in report["saved"].values():
+        print(output / file["subfolder"] / file["filename"])
+    if arguments.json:
+        command = repeatable(arguments, None if random else name)
+        # Text and files are this machine's own.
+        data = {key: value for key, value in report.items() if key not in ("markdown", "saved")}
+        data = {"command": command, "weights": "random" if random else "trained", **data}
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(arguments.json)
+    if report["status"] == "failed":
+        raise RuntimeError(f"the benchmark failed: {report['reason']}. ComfyUI's log: {server.log}")
+    if report["status"] == "interrupted":
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,47 @@
+"""The options of `./slipstream bench`: standard library only, for the launcher's help as for the command itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+METHODS = ("DeepCache", "CFGCutoff:cutoff=0.5", "FreeU")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint to measure on")
+    model.add_argument(
+        "--random",
+        choices=("tiny", "sd15"),
+        help="measure on random weights: a tiny model, or SD 1.5 in full size. Times do not depend on weights; "
+        "pictures would mean nothing, and are left out",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:INPUT=VALUE,...]",
+        help=f"a Slipstream node on the candidate, as often as you like (default: {', '.join(METHODS)})",
+    )
+    parser.add_argument(
+        "--ablation",
+        default="each alone",
+        choices=("off", "each alone", "leave one out"),
+        help="which other variants to measure (default: %(default)s)",
+    )
+    parser.add_argument("--runs", type=int, default=3, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--cfg", type=float, default=7.5, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="euler", help="(default: %(default)s)")
+    parser.add_argument("--scheduler", default="normal", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="of the square picture (default: what suits the machine)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for report and pictures (default: the cache folder)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there too, with the command that repeats it"
+    )

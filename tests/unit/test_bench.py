@@ -1,0 +1,130 @@
+"""The command line of `./slipstream bench`, turned into a prompt: against what a server describes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+from loading import ROOT
+
+sys.path.insert(0, str(ROOT / "demo"))
+
+import bench
+from bench_options import add_options
+from comfyui import refusal
+
+
+def node(category="x", **inputs):
+    return {"category": category, "input": {"required": inputs}}
+
+
+BENCHMARK = (
+    *("baseline", "candidate", "positive", "negative", "latent_image", "seed", "steps", "cfg"),
+    *("sampler_name", "scheduler", "denoise", "runs", "ablation", "save"),
+)
+NODES = {
+    "CheckpointLoaderSimple": node(ckpt_name=[["a.safetensors"], {}]),
+    "CLIPTextEncode": node(text=["STRING", {}], clip=["CLIP"]),
+    "EmptyLatentImage": node(
+        width=["INT", {"default": 512}], height=["INT", {"default": 512}], batch_size=["INT", {"default": 1}]
+    ),
+    "SlipstreamDeepCache": node(
+        "Slipstream/model",
+        model=["MODEL"],
+        cache_interval=["INT", {"default": 3}],
+        schedule=["COMBO", {"options": ["uniform", "quadratic"]}],
+    ),
+    "SlipstreamCFGCutoff": node("Slipstream/model", model=["MODEL"], cutoff=["FLOAT", {"default": 0.75}]),
+    "SlipstreamFreeU": node("Slipstream/model", model=["MODEL"], preset=["COMBO", {"options": ["auto"]}]),
+    "SlipstreamReport": node("Slipstream/measure", model=["MODEL"]),
+    "SlipstreamBenchmark": {
+        "category": "Slipstream/measure",
+        "input": {
+            "required": {name: ["ANY"] for name in BENCHMARK},
+            "optional": {"vae": ["VAE"], "candidate_vae": ["VAE"]},
+        },
+    },
+}
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args([*argv, "--size", "64"])
+
+
+def prompt(*argv, is_random=False):
+    return bench.build_prompt(NODES, "a.safetensors", arguments(*argv), is_random)
+
+
+def test_the_candidate_is_the_checkpoint_with_the_methods_in_a_chain():
+    built = prompt("--method", "DeepCache:cache_interval=5,schedule=quadratic", "--method", "SlipstreamCFGCutoff")
+    kinds = {number: entry["class_type"] for number, entry in built.items()}
+    (number,) = (number for number, kind in kinds.items() if kind == "SlipstreamBenchmark")
+    inputs = built[number]["inputs"]
+    cutoff = built[inputs["candidate"][0]]
+    deepcache = built[cutoff["inputs"]["model"][0]]
+    assert cutoff == {
+        "class_type": "SlipstreamCFGCutoff",
+        "inputs": {"model": cutoff["inputs"]["model"], "cutoff": 0.75},
+    }
+    assert deepcache["inputs"] == {"model": inputs["baseline"], "cache_interval": 5, "schedule": "quadratic"}
+    assert kinds[inputs["baseline"][0]] == "CheckpointLoaderSimple"
+    assert inputs["vae"] == [inputs["baseline"][0], 2]
+    assert (inputs["runs"], inputs["save"], inputs["ablation"]) == (3, True, "each alone")
+    latent = built[inputs["latent_image"][0]]["inputs"]
+    assert latent == {"width": 64, "height": 64, "batch_size": 1}
+
+
+def test_without_methods_it_is_all_three_and_random_weights_have_no_pictures():
+    built = prompt(is_random=True)
+    assert [
+        entry["class_type"] for entry in built.values() if entry["class_type"] in NODES and "model" in entry["inputs"]
+    ] == [
+        "SlipstreamDeepCache",
+        "SlipstreamCFGCutoff",
+        "SlipstreamFreeU",
+    ]
+    assert next(entry for entry in built.values() if "cutoff" in entry["inputs"])["inputs"]["cutoff"] == 0.5
+    assert "vae" not in list(built.values())[-1]["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("Nothing", r"should name a Slipstream node on a model \(CFGCutoff, DeepCache, FreeU\), but is Nothing"),
+        ("Report", "but is Report"),
+        ("DeepCache:interval=3", r"should set its inputs \(cache_interval, schedule\), but sets interval"),
+        ("DeepCache:model=3", "but sets model"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(method, message):
+    with pytest.raises(RuntimeError, match=message):
+        prompt("--method", method)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "model"), [("folder/a.safetensors", "--checkpoint a.safetensors"), (None, "--random tiny")]
+)
+def test_the_command_that_repeats_it_fixes_every_choice_and_names_no_place_of_this_machine(checkpoint, model):
+    given = ("--random", "tiny", "--method", "DeepCache:cache_interval=5", "--output", "/c", "--json", "/d.json")
+    assert bench.repeatable(arguments(*given), checkpoint) == (
+        f"./slipstream bench {model} --method DeepCache:cache_interval=5 --size 64 --steps 20 --cfg 7.5 "
+        "--sampler euler --scheduler normal --seed 1 --runs 3 --ablation 'each alone'"
+    )
+
+
+def test_a_value_of_another_type_is_told():
+    with pytest.raises(RuntimeError, match="of type INT such a value, but gives 'often'"):
+        prompt("--method", "DeepCache:cache_interval=often")
+
+
+def test_a_refusal_is_one_sentence():
+    error = {"message": "Value 0 smaller than min of 1", "details": "cache_interval"}
+    answer = {
+        "error": {"message": "Prompt outputs failed validation"},
+        "node_errors": {"2": {"class_type": "SlipstreamDeepCache", "errors": [error]}},
+    }
+    assert refusal(answer) == "SlipstreamDeepCache: Value 0 smaller than min of 1 (cache_interval)"
+    assert refusal({**answer, "node_errors": {}}) == "Prompt outputs failed validation"
