@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host")]
 
-from loading import find_comfyui, load_host, load_pack
+from loading import load_all
 
 MIB = 1024 * 1024
 
@@ -30,18 +30,12 @@ class Bench:
 
     def __init__(self, steps: int, size: int):
         import comfy.sample
-        import comfy.sd
         import folder_paths
         import hosted
         import small_models
-        import torch
-        from comfy.taesd.taesd import TAESD
 
         folder_paths.set_temp_directory(tempfile.mkdtemp())
-        taesd = TAESD()
-        small_models.initialize(taesd, 1)
         self.model = hosted.model("SD15")
-        vae = comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
         self.inputs = {
             "positive": hosted.prompt(self.model, 10, tokens=77),
             "negative": hosted.prompt(self.model, 11, tokens=77),
@@ -49,7 +43,7 @@ class Bench:
             "sampler_name": "euler",
             "scheduler": "normal",
             "steps": steps,
-            "vae": vae,
+            "vae": small_models.vae(),
         }
         self.stopwatch: list[float] = []
         sample = comfy.sample.sample
@@ -85,25 +79,27 @@ class Bench:
         return clone
 
 
+def repeated(bench: Bench, candidate: Any, benchmarks: int, runs: int) -> list[dict[str, Any]]:
+    """The candidate's part of several benchmarks, each printed as it comes."""
+    variants = []
+    for number in range(benchmarks):
+        variants.append(bench.run(candidate, runs)[1])
+        print(f"  {number + 1}: {variants[-1]['speedup']['text']}", flush=True)
+    return variants
+
+
 def equal_models(bench: Bench, benchmarks: int, runs: int) -> None:
     """A model against itself."""
-    claims, similar = 0, []
-    for number in range(benchmarks):
-        _, candidate = bench.run(bench.model.clone(), runs)
-        claims += candidate["speedup"]["is_difference"]
-        similar.append(candidate["fidelity"]["ssim"])
-        print(f"  {number + 1}: {candidate['speedup']['text']}", flush=True)
-    print(f"equal models: {claims} of {benchmarks} claim a difference; SSIM {min(similar):.6f} at least\n")
+    variants = repeated(bench, bench.model.clone(), benchmarks, runs)
+    claims = sum(variant["speedup"]["is_difference"] for variant in variants)
+    similar = min(variant["fidelity"]["ssim"] for variant in variants)
+    print(f"equal models: {claims} of {benchmarks} claim a difference; SSIM {similar:.6f} at least\n")
 
 
 def small_effect(bench: Bench, benchmarks: int, runs: int, step_s: float) -> None:
     """A sleep of a tenth of a step before each step."""
-    slower = bench.with_wrapper(lambda: time.sleep(0.1 * step_s))
-    found = 0
-    for number in range(benchmarks):
-        _, candidate = bench.run(slower, runs)
-        found += candidate["speedup"]["is_difference"] and candidate["speedup"]["value"] < 1
-        print(f"  {number + 1}: {candidate['speedup']['text']}", flush=True)
+    variants = repeated(bench, bench.with_wrapper(lambda: time.sleep(0.1 * step_s)), benchmarks, runs)
+    found = sum(variant["speedup"]["is_difference"] and variant["speedup"]["value"] < 1 for variant in variants)
     print(f"a tenth of a step: found in {found} of {benchmarks}\n")
 
 
@@ -155,11 +151,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=24, help="of the latent")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    comfyui = find_comfyui()
-    if comfyui is None:
-        sys.exit("No ComfyUI was found. Set COMFYUI_PATH to its folder.")
-    load_pack()
-    load_host(comfyui)
+    load_all()
     import torch
 
     torch.set_num_threads(arguments.threads)

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host")]
 
-from loading import find_comfyui, load_host, load_pack
+from loading import load_all
 
 
 def overhead(evaluations: int, runs: int) -> None:
@@ -61,11 +61,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=200)
     parser.add_argument("--runs", type=int, default=9)
     arguments = parser.parse_args()
-    comfyui = find_comfyui()
-    if comfyui is None:
-        sys.exit("No ComfyUI was found. Set COMFYUI_PATH to its folder.")
-    load_pack()
-    load_host(comfyui)
+    load_all()
     overhead(arguments.evaluations, arguments.runs)
 
 

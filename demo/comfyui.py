@@ -92,6 +92,17 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return json.load(response)
 
+    def nodes(self) -> dict[str, Any]:
+        """Every node as the server describes it, by id.
+
+        Raises:
+            RuntimeError: the pack is not among them.
+        """
+        nodes: dict[str, Any] = self.get("/object_info")
+        if not any(name.startswith("Slipstream") for name in nodes):
+            raise RuntimeError(f"ComfyUI should have loaded the Slipstream pack, but did not. Its log: {self.log}")
+        return nodes
+
     def post(self, path: str, data: dict[str, Any]) -> Any:
         """Post JSON, and get the answer's."""
         request = urllib.request.Request(

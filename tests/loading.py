@@ -47,3 +47,12 @@ def load_host(comfyui: Path) -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+
+
+def load_all() -> None:
+    """The pack and the host, for a program that needs both; it ends with one line where there is no host."""
+    comfyui = find_comfyui()
+    if comfyui is None:
+        sys.exit("No ComfyUI was found. Set COMFYUI_PATH to its folder.")
+    load_pack()
+    load_host(comfyui)

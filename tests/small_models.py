@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.sd
 import comfy.supported_models as families
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD
 
 CPU = torch.device("cpu")
 
@@ -94,3 +96,10 @@ def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
     """A small model of a family, or ``DiT``."""
     family, config = DIT if name == "DiT" else CONFIGS[name]
     return build(family(dict(config)), seed)
+
+
+def vae() -> comfy.sd.VAE:
+    """A TAESD with random weights. Untrained models leave latents of any size: scaled down, they give a picture."""
+    taesd = TAESD()
+    initialize(taesd, 1)
+    return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})

@@ -252,7 +252,8 @@ class Benchmark:
         self.images: list[torch.Tensor] = []
         self._files = _Files(save)
         self._weights: tuple[int, Any] | None = None
-        self.bar = comfy.utils.ProgressBar((runs + 1) * len(subjects) * call.steps)
+        total = (runs + 1) * len(subjects)
+        self.bar = comfy.utils.ProgressBar(total * call.steps)
         device = subjects[0].model.load_device
         _, memory_is, is_device_memory = machine.device_memory(device)
         self.report = Report(
@@ -262,7 +263,7 @@ class Benchmark:
             memory_is=memory_is,
             is_device_memory=is_device_memory,
             variants=[subject.variant for subject in subjects],
-            total=(runs + 1) * len(subjects),
+            total=total,
         )
         if machine.waiting(device) is None:
             self.report.notes.append(f"{device.type} cannot be waited for: times may be those of queueing work")

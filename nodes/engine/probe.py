@@ -54,7 +54,7 @@ class Probe:
         """Seconds of each step, in the order they ran."""
         return self._clock.step_s
 
-    def on(self, patcher: Any, audience: Audience | None) -> Any:
+    def on(self, patcher: Any, audience: Audience) -> Any:
         """A clone of a model that this probe watches."""
         clone = patcher.clone()
         clone.set_attachments(AUDIENCE, audience)

@@ -190,30 +190,18 @@ def _fidelity_words(fidelity: dict[str, Any]) -> str:
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a text to paste anywhere."""
     about, machine = report["settings"], report["machine"]
+    columns = ["variant", "time (min to max)", "step (min to max)", "speed", *_optional(report), "memory"]
+    columns += ["evaluations", "rows", "SSIM", "PSNR", "latent error"]
     lines = [
         f"### {report['title']}",
         "",
         f"{report['status']}{': ' + report['reason'] if report['reason'] else ''}; seed {about['seed']}, "
         f"{about['runs']} interleaved rounds after one warm-up of each.",
         "",
-        "| "
-        + " | ".join(
-            [
-                "variant",
-                "time (min to max)",
-                "step (min to max)",
-                "speed",
-                *_optional(report),
-                "memory",
-                "evaluations",
-                "rows",
-            ]
-        )
-        + " | SSIM | PSNR | latent error |",
+        _row(columns),
+        "|" + "---|" * len(columns),
+        *(_row(_cells(report, variant)) for variant in report["variants"]),
     ]
-    columns = lines[-1].count("|") - 1
-    lines.append("|" + "---|" * columns)
-    lines += ["| " + " | ".join(_cells(report, variant)) + " |" for variant in report["variants"]]
     lines += ["", f"Memory: {report['memory_is']}.", ""]
     for variant in report["variants"]:
         told = [f"{verdict['title']}: {verdict['text']}" for verdict in variant["verdicts"]]
@@ -224,6 +212,10 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines += [f"- {note}" for note in report["notes"]]
     lines += ["", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if value) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _optional(report: dict[str, Any]) -> list[str]:

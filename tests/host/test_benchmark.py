@@ -17,11 +17,10 @@ import comfy.utils
 import folder_paths
 import hosted
 import pytest
+import small_models
 import torch
-from comfy.taesd.taesd import TAESD
 from comfy_execution.graph_utils import ExecutionBlocker
 from hosted import Counter, PlantedError, execute, latent, prompt, run_node, sample
-from small_models import initialize
 
 import nodes as host_nodes
 
@@ -50,9 +49,7 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def vae():
-    taesd = TAESD()
-    initialize(taesd, 1)
-    return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
+    return small_models.vae()
 
 
 @pytest.fixture

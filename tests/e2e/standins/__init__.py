@@ -12,7 +12,6 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy.taesd.taesd import TAESD
 from comfy_api.latest import ComfyExtension, io
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -37,20 +36,13 @@ class Clip:
         return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
 
 
-def vae() -> comfy.sd.VAE:
-    """A TAESD with random weights. Untrained models leave latents of any size: scaled down, they give a picture."""
-    taesd = TAESD()
-    small_models.initialize(taesd, 1)
-    return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
-
-
 def small(name: str):
     family, config = small_models.CONFIGS[name]
     # At the templates' sizes attention takes all the time: one block, at the lowest resolution.
     for part in ("transformer_depth", "transformer_depth_output"):
         config = {**config, part: [0] * len(config[part])}
     model = small_models.build(family({**config, "transformer_depth_middle": 1}))
-    return model, Clip(config["context_dim"]), vae(), None
+    return model, Clip(config["context_dim"]), small_models.vae(), None
 
 
 load = comfy.sd.load_checkpoint_guess_config
