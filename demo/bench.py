@@ -21,7 +21,7 @@ from workspace import (
     has_gpu,
     install_pack,
     link,
-    make_random_checkpoint,
+    make_random_sd15,
     own_checkpoint,
     run_program,
     say,
@@ -33,8 +33,11 @@ CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 INTERVAL_S = 5
 POSITIVE = "a lighthouse on a cliff above a stormy sea, last light, oil painting"
 NEGATIVE = "blurry, low quality, text, watermark"
-CPU_PIXELS = {"tiny": 128, "sd15": 256, None: 256}
+CPU_PIXELS = 256
 GPU_PIXELS = 512
+DEMO_POSITIVE = "autumn sunset, clear sky, the sun, mountains, a lake, pines and a red house"
+DEMO_PIXELS = 256
+"""The demo model was trained on no other size."""
 
 Prompt = dict[str, dict[str, Any]]
 """In API format: nodes by id."""
@@ -94,8 +97,11 @@ def typed(value: str, described: list[Any]) -> Any:
         raise RuntimeError(f"--method should give an input of type {kind} such a value, but gives '{value}'") from error
 
 
-def build_prompt(nodes: dict[str, Any], checkpoint: str, arguments: argparse.Namespace, is_random: bool) -> Prompt:
-    """The benchmark as an API prompt: a checkpoint as baseline, and with the wanted methods as candidate."""
+def build_prompt(
+    nodes: dict[str, Any], checkpoint: str | None, arguments: argparse.Namespace, is_random: bool = False
+) -> Prompt:
+    """The benchmark as an API prompt: a checkpoint, or else the demo model, as baseline, and with the wanted methods
+    as candidate."""
     prompt: Prompt = {}
 
     def add(kind: str, **inputs: Any) -> str:
@@ -109,13 +115,14 @@ def build_prompt(nodes: dict[str, Any], checkpoint: str, arguments: argparse.Nam
         prompt[number] = {"class_type": kind, "inputs": {**defaults, **values}}
         return number
 
-    loader = add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    loader = add("CheckpointLoaderSimple", ckpt_name=checkpoint) if checkpoint else add("SlipstreamDemoModel")
     model = loader
     for method in arguments.method or METHODS:
         kind, inputs = parse_method(method, nodes)
         model = add(kind, model=[model, 0], **inputs)
     wired: dict[str, Any] = {"baseline": [loader, 0], "candidate": [model, 0]}
-    for side, text in (("positive", POSITIVE), ("negative", NEGATIVE)):
+    texts = (POSITIVE, NEGATIVE) if checkpoint else (DEMO_POSITIVE, "")
+    for side, text in zip(("positive", "negative"), texts, strict=True):
         wired[side] = [add("CLIPTextEncode", text=text, clip=[loader, 1]), 0]
     wired["latent_image"] = [add("EmptyLatentImage", width=arguments.size, height=arguments.size), 0]
     if not is_random:
@@ -160,7 +167,10 @@ def measure(server: Server, prompt: Prompt) -> dict[str, Any]:
 def repeatable(arguments: argparse.Namespace, checkpoint: str | None) -> str:
     """The command that repeats a benchmark: all that was chosen, also by default, and no path of this machine."""
     command = ["./slipstream", "bench"]
-    command += ["--checkpoint", Path(checkpoint).name] if checkpoint else ["--random", arguments.random]
+    if arguments.random:
+        command += ["--random", arguments.random]
+    else:
+        command += ["--checkpoint", Path(checkpoint).name] if checkpoint else ["--demo"]
     for method in arguments.method or METHODS:
         command += ["--method", method]
     for name in ("size", "steps", "cfg", "sampler", "scheduler", "seed", "runs", "ablation"):
@@ -185,39 +195,39 @@ def main() -> None:
         options = [*show_models(arguments.comfyui, base), "--output-directory", str(output)]
         checkpoints = base / "models" / "checkpoints"
         checkpoints.mkdir(parents=True)
-        name = CHECKPOINT
-        own = None if arguments.random or arguments.checkpoint else own_checkpoint(arguments.comfyui, CHECKPOINT)
-        random = arguments.random = arguments.random or (None if own or arguments.checkpoint else "tiny")
+        name: str | None = None
         if arguments.checkpoint:
             if not arguments.checkpoint.is_file():
                 raise RuntimeError(f"--checkpoint should be a file, but there is none at {arguments.checkpoint}")
             name = arguments.checkpoint.name
-            link(arguments.checkpoint.absolute(), checkpoints / name)
-        elif random:
-            say(f"making an SD 1.5 checkpoint with random weights: {random}")
-            make_random_checkpoint(arguments.comfyui, checkpoints / name, random)
-        else:
-            name = own or name
+            link(arguments.checkpoint.absolute(), checkpoints / arguments.checkpoint.name)
+        elif arguments.random:
+            say("making an SD 1.5 checkpoint with random weights")
+            name = CHECKPOINT
+            make_random_sd15(arguments.comfyui, checkpoints / CHECKPOINT)
+        elif not arguments.demo:
+            name = own_checkpoint(arguments.comfyui, CHECKPOINT)
         if not has_gpu():
             options.append("--cpu")
-        arguments.size = arguments.size or (GPU_PIXELS if has_gpu() else CPU_PIXELS[random])
+        if not arguments.size:
+            arguments.size = DEMO_PIXELS if name is None else GPU_PIXELS if has_gpu() else CPU_PIXELS
 
         say("starting ComfyUI")
         server = stack.enter_context(Server(arguments.comfyui, base, output / "server.log", options))
-        report = measure(server, build_prompt(server.nodes(), name, arguments, is_random=random is not None))
+        report = measure(server, build_prompt(server.nodes(), name, arguments, is_random=bool(arguments.random)))
 
     if not report.get("variants"):
         raise RuntimeError(f"nothing was measured. ComfyUI's log: {server.log}")
     print("\n" + report["markdown"])
-    if random:
+    if arguments.random:
         print("The weights are random: times do not depend on them, but the latent error means nothing.\n")
     for file in report["saved"].values():
         print(output / file["subfolder"] / file["filename"])
     if arguments.json:
-        command = repeatable(arguments, None if random else name)
+        command = repeatable(arguments, name)
         # Text and files are this machine's own.
         data = {key: value for key, value in report.items() if key not in ("markdown", "saved")}
-        data = {"command": command, "weights": "random" if random else "trained", **data}
+        data = {"command": command, "weights": "random" if arguments.random else "trained", **data}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(arguments.json)
     if report["status"] == "failed":

@@ -14,9 +14,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint to measure on")
     model.add_argument(
         "--random",
-        choices=("tiny", "sd15"),
-        help="measure on random weights: a tiny model, or SD 1.5 in full size. Times do not depend on weights; "
-        "pictures would mean nothing, and are left out",
+        choices=("sd15",),
+        help="measure on SD 1.5 in full size with random weights: times do not depend on them; pictures would mean "
+        "nothing, and are left out",
+    )
+    model.add_argument(
+        "--demo",
+        action="store_true",
+        help="measure on the pack's own demo model, as is done where ComfyUI has no SD 1.5 checkpoint",
     )
     parser.add_argument(
         "--method",

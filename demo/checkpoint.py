@@ -1,4 +1,4 @@
-"""SD 1.5 checkpoints with random weights that ComfyUI loads as any other: small enough for any CPU, or full-size."""
+"""SD 1.5 checkpoints: one with random weights that ComfyUI loads as any other, and what tells one from its header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-SD15 = {
+SD15: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
@@ -26,20 +26,6 @@ SD15 = {
     "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
     "transformer_depth_middle": 1,
 }
-
-TINY = {
-    **SD15,
-    # Three levels, because FreeU acts on 2 and 4 times `model_channels` and DeepCache needs something to skip;
-    # one attention block, the least from which the host still reads `context_dim`.
-    "channel_mult": [1, 2, 4],
-    "num_res_blocks": [1, 1, 1],
-    "transformer_depth": [0, 1, 0],
-    "transformer_depth_output": [0, 0, 0, 0, 0, 0],
-    "transformer_depth_middle": -1,
-}
-"""The host detects SD 1.5 by `model_channels` and `context_dim`; everything else may be small."""
-
-UNETS = {"tiny": TINY, "sd15": SD15}
 
 CLIP_L = {
     "num_hidden_layers": 12,
@@ -65,8 +51,8 @@ def random_weights(shapes: dict[str, torch.Size], generator: torch.Generator) ->
     return weights
 
 
-def make_checkpoint(path: Path, unet: dict[str, Any]) -> None:
-    """Write a checkpoint with this UNet. ComfyUI must be importable, and set to the CPU where that is all there is."""
+def make_random_sd15(path: Path) -> None:
+    """Write a checkpoint. ComfyUI must be importable, and set to the CPU where that is all there is."""
     from comfy.clip_model import CLIPTextModel
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from comfy.ops import disable_weight_init
@@ -74,7 +60,7 @@ def make_checkpoint(path: Path, unet: dict[str, Any]) -> None:
 
     with torch.device("meta"):  # shapes only
         modules = {
-            "model.diffusion_model.": UNetModel(**unet, operations=disable_weight_init),
+            "model.diffusion_model.": UNetModel(**SD15, operations=disable_weight_init),
             "cond_stage_model.transformer.": CLIPTextModel(CLIP_L, torch.float16, "meta", disable_weight_init),
             "first_stage_model.": TAESD(),
         }

@@ -21,15 +21,12 @@ from workspace import (
     PACK,
     has_gpu,
     install_pack,
-    make_random_checkpoint,
-    own_checkpoint,
     run_program,
     say,
     show_models,
 )
 
-TEMPLATE = PACK / "workflows" / "SD 1.5 - DeepCache, CFG Cutoff and FreeU.json"
-LOADER = "CheckpointLoaderSimple"
+TEMPLATE = PACK / "workflows" / "Try Slipstream - no downloads.json"
 BYPASSED = 4
 """The canvas's mode of a bypassed node."""
 VARIANTS = ("without", "with")
@@ -37,15 +34,13 @@ ROUNDS = 3
 WARM_UP_STEPS = 4
 ENOUGH_S = 50
 """No round begins after this, so that a large model on a CPU stays bearable."""
-RANDOM_MODEL_CPU_PIXELS = 128
-REAL_MODEL_CPU_PIXELS = 256
 
 
 def without_slipstream(workflow: dict[str, Any]) -> dict[str, Any]:
-    """The workflow with our nodes bypassed, as the canvas's Bypass does."""
+    """The workflow with our nodes on the model bypassed, as the canvas's Bypass does."""
     workflow = copy.deepcopy(workflow)
     for node in workflow["nodes"]:
-        if node["type"].startswith("Slipstream"):
+        if node["type"].startswith("Slipstream") and any(slot["name"] == "model" for slot in node["inputs"]):
             node["mode"] = BYPASSED
     return workflow
 
@@ -58,7 +53,7 @@ def set_inputs(prompt: dict[str, Any], **values: object) -> None:
                 node["inputs"][name] = values[name]
 
 
-def measure(server: Server, workflow: dict[str, Any], values: dict[str, object]) -> dict[str, list[Any]]:
+def measure(server: Server, workflow: dict[str, Any]) -> dict[str, list[Any]]:
     """Run both variants in turn, after one warm-up of each.
 
     Returns:
@@ -75,7 +70,7 @@ def measure(server: Server, workflow: dict[str, Any], values: dict[str, object])
             say(f"running {variant} Slipstream, {f'{turn} of {ROUNDS}' if turn else 'warm-up'}")
             prompt = convert_ui_to_api(workflows[variant], nodes)
             # Each round has its own seed, or the host would answer from its cache.
-            set_inputs(prompt, **values, seed=turn, noise_seed=turn, filename_prefix=f"{variant}-slipstream")
+            set_inputs(prompt, seed=turn, noise_seed=turn, filename_prefix=f"{variant}-slipstream")
             if not turn:
                 set_inputs(prompt, steps=WARM_UP_STEPS)
             run = server.run(prompt, workflows[variant])
@@ -121,26 +116,14 @@ def main() -> None:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-", ignore_cleanup_errors=True)))
         install_pack(base)
         options = [*show_models(arguments.comfyui, base), "--output-directory", str(arguments.output)]
-        wanted = next(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == LOADER)
-        own = own_checkpoint(arguments.comfyui, wanted)
-        if own is None:
-            say("no SD 1.5 checkpoint among ComfyUI's models: making a tiny one with random weights")
-            make_random_checkpoint(arguments.comfyui, base / "models" / "checkpoints" / wanted)
-        values: dict[str, object] = {"ckpt_name": own or wanted}
-        size = "on the GPU, at the template's size"
         if not has_gpu():
             options.append("--cpu")
-            pixels = REAL_MODEL_CPU_PIXELS if own else RANDOM_MODEL_CPU_PIXELS
-            values |= {"width": pixels, "height": pixels}
-            size = f"on the CPU, so at {pixels}x{pixels}"
 
         say("starting ComfyUI")
         server = stack.enter_context(Server(arguments.comfyui, base, arguments.output / "server.log", options))
-        runs = measure(server, workflow, values)
-        about = f"{values['ckpt_name']}, {size}, median of {len(runs['with'])} after a warm-up"
-        print_table(server, runs, about, arguments.output)
-        if own is None:
-            print("\nThe model is tiny and random: the times show what is saved, the pictures mean nothing.")
+        runs = measure(server, workflow)
+        device = "GPU" if has_gpu() else "CPU"
+        print_table(server, runs, f"on the {device}, median of {len(runs['with'])} after a warm-up", arguments.output)
         if not arguments.once:
             print(f"\nServing at {server.url} until Ctrl-C. The template is under Templates, slipstream.", flush=True)
             server.wait()

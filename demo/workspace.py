@@ -60,16 +60,16 @@ def own_checkpoint(comfyui: Path, wanted: str) -> str | None:
     return next((str(path.relative_to(folder)) for path in found if is_sd15(path)), None)
 
 
-def make_random_checkpoint(comfyui: Path, path: Path, size: str = "tiny") -> None:
-    """Write one with random weights, made from the host's own layers: ``tiny``, or ``sd15`` in full size."""
+def make_random_sd15(comfyui: Path, path: Path) -> None:
+    """Write a checkpoint with random weights, made from the host's own layers."""
     sys.path.insert(0, str(comfyui))
     from comfy.cli_args import args
 
     args.cpu = True  # importing the host looks for a GPU otherwise; only its layers' shapes are needed
-    from checkpoint import UNETS, make_checkpoint
+    from checkpoint import make_random_sd15
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_checkpoint(path, UNETS[size])
+    make_random_sd15(path)
 
 
 def run_program(main: Callable[[], None]) -> None:

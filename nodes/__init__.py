@@ -4,6 +4,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
+    ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
     ("report", "SlipstreamReport"),
 )

@@ -25,6 +25,7 @@ BENCHMARK = (
 )
 NODES = {
     "CheckpointLoaderSimple": node(ckpt_name=[["a.safetensors"], {}]),
+    "SlipstreamDemoModel": node("Slipstream/loaders"),
     "CLIPTextEncode": node(text=["STRING", {}], clip=["CLIP"]),
     "EmptyLatentImage": node(
         width=["INT", {"default": 512}], height=["INT", {"default": 512}], batch_size=["INT", {"default": 1}]
@@ -54,8 +55,8 @@ def arguments(*argv):
     return parser.parse_args([*argv, "--size", "64"])
 
 
-def prompt(*argv, is_random=False):
-    return bench.build_prompt(NODES, "a.safetensors", arguments(*argv), is_random)
+def prompt(*argv, checkpoint="a.safetensors", is_random=False):
+    return bench.build_prompt(NODES, checkpoint, arguments(*argv), is_random)
 
 
 def test_the_candidate_is_the_checkpoint_with_the_methods_in_a_chain():
@@ -104,11 +105,26 @@ def test_what_is_not_there_is_told_with_what_is(method, message):
         prompt("--method", method)
 
 
+def test_without_a_checkpoint_it_is_the_demo_model_with_its_own_words_and_pictures():
+    built = prompt(checkpoint=None)
+    loader = next(number for number, entry in built.items() if entry["class_type"] == "SlipstreamDemoModel")
+    texts = [entry["inputs"] for entry in built.values() if entry["class_type"] == "CLIPTextEncode"]
+    assert [text["clip"] for text in texts] == [[loader, 1], [loader, 1]]
+    assert "lake" in texts[0]["text"]
+    assert list(built.values())[-1]["inputs"]["vae"] == [loader, 2]
+
+
 @pytest.mark.parametrize(
-    ("checkpoint", "model"), [("folder/a.safetensors", "--checkpoint a.safetensors"), (None, "--random tiny")]
+    ("checkpoint", "chosen", "model"),
+    [
+        ("folder/a.safetensors", (), "--checkpoint a.safetensors"),
+        ("a.safetensors", ("--random", "sd15"), "--random sd15"),
+        (None, ("--demo",), "--demo"),
+        (None, (), "--demo"),
+    ],
 )
-def test_the_command_that_repeats_it_fixes_every_choice_and_names_no_place_of_this_machine(checkpoint, model):
-    given = ("--random", "tiny", "--method", "DeepCache:cache_interval=5", "--output", "/c", "--json", "/d.json")
+def test_the_command_that_repeats_it_fixes_every_choice_and_names_no_place_of_this_machine(checkpoint, chosen, model):
+    given = (*chosen, "--method", "DeepCache:cache_interval=5", "--output", "/c", "--json", "/d.json")
     assert bench.repeatable(arguments(*given), checkpoint) == (
         f"./slipstream bench {model} --method DeepCache:cache_interval=5 --size 64 --steps 20 --cfg 7.5 "
         "--sampler euler --scheduler normal --seed 1 --runs 3 --ablation 'each alone'"

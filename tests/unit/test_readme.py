@@ -64,3 +64,17 @@ def test_a_table(weights):
     assert row + (" 0.988 |" if weights == "trained" else "\n") in text
     assert ("Pictures of random weights mean nothing" in text) == (weights == "random")
     assert "`./slipstream bench --random sd15` repeats it." in text
+
+
+def test_the_demo_models_figures_are_those_of_its_evaluation():
+    text = readme.README.read_text(encoding="utf-8")
+    figures = json.loads((ROOT / "training" / "results" / "agreement.json").read_text())
+    table = text[text.index("| every attribute as in the caption |") :]
+    told = [[cell.split(" (")[0].strip() for cell in row.split("|")[2:4]] for row in table.splitlines()[2:8]]
+    order = (
+        *("the generator's own pictures", "guided, 30 steps", "guided, 12 steps", "guided, 6 steps"),
+        *("unguided, 30 steps", "guided, 30 steps, captions shuffled"),
+    )
+    for row, name in zip(told, order, strict=True):
+        assert row == [f"{100 * figures[name][key]:.1f} %" for key in ("whole_captions", "attributes")]
+    assert f"({100 * figures['by chance']['attributes']:.1f} % by chance)" in text

@@ -1,0 +1,170 @@
+"""Trains the demo model from nothing: `./slipstream train`.
+
+Four stages: the autoencoder, the latents of our pictures, the UNet with its words, and the judge that tells whether
+pictures show what their captions say. Each is kept in a file of a work folder, which is that of these very sources
+and steps, so that a run that was stopped begins again with the stage it was in. An hour and a quarter on two CPU
+cores, minutes on a GPU. It ends by writing the model and the judge into the pack; `evaluate.py` then samples it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = Path(__file__).parents[1] / "weights" / "slipstream-demo.safetensors"
+JUDGE = Path(__file__).parent / "judge.safetensors"
+
+STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "judge": 1200}
+"""How long each stage takes."""
+SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "judge": 3_000_000}
+"""Far apart, so that no two stages see the same picture."""
+
+
+def load_host(comfyui: Path, is_cpu: bool) -> None:
+    """Put the host on the path; its layers are what is trained."""
+    sys.path.insert(0, str(comfyui))
+    from comfy.cli_args import args
+
+    args.cpu = is_cpu
+    # Its default on a CPU saves memory that isn't short here.
+    args.use_pytorch_cross_attention = True
+
+
+def train(folder: Path, weights: Path, judge: Path, device: Any, steps: Mapping[str, int]) -> None:
+    """Run the stages that aren't done yet, and write the model and the judge."""
+    import autoencoder
+    import diffusion
+    import judge as judging
+    import torch
+    from comfy.taesd.taesd import TAESD
+    from safetensors.torch import load_file
+
+    def stage(name: str, run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            save(run(), file)
+        return load_file(file, device=str(device))
+
+    taesd = TAESD(latent_channels=4)
+    taesd.load_state_dict(
+        stage(
+            "autoencoder",
+            lambda: autoencoder.train(steps["autoencoder"], device, SEEDS["autoencoder"]).state_dict(),
+        )
+    )
+    taesd.to(device, memory_format=torch.channels_last)
+
+    def encoded() -> dict[str, torch.Tensor]:
+        latents, choices = diffusion.encode(taesd, steps["pictures"], device, SEEDS["pictures"])
+        return {"latents": latents, "choices": choices}
+
+    pictures = stage("latents", encoded)
+    latents, choices = pictures["latents"], pictures["choices"]
+    deviation = latents.float().std().item()
+
+    def denoiser() -> dict[str, torch.Tensor]:
+        def keep(averaged: diffusion.Denoiser) -> None:
+            save(averaged.state_dict(), folder / "denoiser-so-far.safetensors")
+
+        trained = diffusion.train(latents / deviation, choices, steps["denoiser"], device, SEEDS["denoiser"], keep)
+        return trained.state_dict()
+
+    export(weights, taesd, stage("denoiser", denoiser), latents, deviation)
+    save(stage("judge", lambda: judging.train(steps["judge"], device, SEEDS["judge"]).state_dict()), judge)
+
+
+def save(tensors: Mapping[str, Any], file: Path, header: dict[str, str] | None = None) -> None:
+    """Write a file as a whole, or not at all."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, unfinished, metadata=header)
+    unfinished.replace(file)
+
+
+def export(file: Path, taesd: Any, denoiser: Mapping[str, Any], latents: Any, deviation: float) -> None:
+    """Write the model as the pack's node reads it: float16, with what it is in the header.
+
+    Args:
+        file: Where to.
+        taesd: The autoencoder.
+        denoiser: The state dict of the UNet and the words.
+        latents: (N, 4, H, W), some of the autoencoder's.
+        deviation: Of these; the denoiser was trained on latents of deviation 1.
+    """
+    import diffusion
+    import torch
+    import vocabulary
+
+    tensors = {
+        **{f"first_stage_model.{name}": value for name, value in taesd.state_dict().items()},
+        # The host multiplies latents by 0.18215 before the UNet sees them.
+        "first_stage_model.vae_scale": torch.tensor(0.18215 * deviation),
+        "first_stage_model.vae_shift": torch.tensor(0.0),
+    }
+    for name, value in denoiser.items():
+        prefix = "cond_stage_model." if name.startswith("words.") else "model.diffusion_model."
+        tensors[prefix + name.removeprefix("unet.")] = value
+    header = {
+        "unet_config": diffusion.CONFIG,
+        "words": vocabulary.WORDS,
+        "length": vocabulary.LENGTH,
+        "size": latents.shape[-1] * 8,
+        "latent_rgb": latent_rgb(latents[:64].float(), deviation, taesd.taesd_decoder),
+    }
+    save(
+        {name: value.half() for name, value in tensors.items()},
+        file,
+        {
+            **{name: json.dumps(value) for name, value in header.items()},
+            "title": "Slipstream demo model",
+            "license": "GPL-3.0-or-later",
+            "description": "Trained on pictures drawn by the Slipstream pack's training/scenes.py alone.",
+        },
+    )
+
+
+def latent_rgb(latents: Any, deviation: float, decoder: Any) -> tuple[list[list[float]], list[float]]:
+    """The linear map from a latent's channels to colours in -1..1 that fits best: the host previews with it."""
+    import torch
+
+    with torch.inference_mode():
+        pictures = torch.cat([torch.nn.functional.avg_pool2d(decoder(some), 8) for some in latents.split(4)]) * 2 - 1
+    channels = (latents / deviation).movedim(1, -1).reshape(-1, latents.shape[1])
+    channels = torch.cat((channels, torch.ones_like(channels[:, :1])), 1)
+    fitted = torch.linalg.lstsq(channels, pictures.movedim(1, -1).reshape(-1, 3).float()).solution
+    *factors, bias = [[round(value, 4) for value in row] for row in fitted.tolist()]
+    return factors, bias
+
+
+def fingerprint(steps: Mapping[str, int]) -> str:
+    """What these sources train in these steps."""
+    sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join([*sources, json.dumps(steps).encode()])).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where the work folders are")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the model's file")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="the judge's file")
+    parser.add_argument("--share", type=float, default=1.0, help="do this share of each stage's steps, to try it out")
+    arguments = parser.parse_args()
+
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load_host(arguments.comfyui, is_cpu=device.type == "cpu")
+    steps = {name: max(4, round(count * arguments.share)) for name, count in STEPS.items()}
+    train(arguments.folder / fingerprint(steps), arguments.weights, arguments.judge, device, steps)
+
+
+if __name__ == "__main__":
+    main()
