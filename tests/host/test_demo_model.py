@@ -91,10 +91,10 @@ def test_the_vae_gives_back_what_it_was_given(exact, demo):
 @pytest.mark.parametrize(
     ("node", "values", "ssim"),
     [
-        ("SlipstreamDeepCache", {"cache_interval": 2, "cache_branch_id": 0}, 0.5),
-        ("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.5),
-        ("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.5),
-        ("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.5),
+        ("SlipstreamDeepCache", {"cache_interval": 2, "cache_branch_id": 0}, 0.95),
+        ("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.88),
+        ("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.985),
+        ("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.95),
     ],
 )
 def test_what_approximations_cost(demo, exact, node, values, ssim):
