@@ -125,7 +125,7 @@ def table_row(row: dict[str, Any]) -> str:
     """One setting's line of the table."""
     figures = "1 (same bits) | 1 | - | 0"
     if not row["is_identical"]:
-        figures = f"{row['ssim']:.4f} | {row['ssim_worst']:.4f} | {row['psnr_db']:.1f} | {row['frechet']:.3f}"
+        figures = f"{row['ssim']:.4f} | {row['ssim_worst']:.4f} | {row['psnr_db']:.1f} | {row['frechet']:.2g}"
     return f"| {row['method']} | {row['setting']} | {figures} |"
 
 
@@ -142,7 +142,7 @@ def to_markdown(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [table_row(row) for row in found["rows"]]
-    floor = f"{found['frechet_other_seeds']:.3f}"
+    floor = f"{found['frechet_other_seeds']:.2g}"
     lines += ["", f"For scale: the exact model at other seeds has a Frechet distance of {floor}.", ""]
     return "\n".join(lines)
 
