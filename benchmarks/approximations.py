@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
 RESULTS = Path(__file__).parent / "results" / "approximations"
 
-from loading import PACK, load_all
+from loading import load_all
 
 INTERVALS = (2, 3, 5)
 BRANCHES = (0, 3)
@@ -83,8 +83,8 @@ def study(count: int, steps: int) -> dict[str, Any]:
     import hosted
     import torch
     from pictures import CFG, SAMPLER, SCHEDULER, Demo, held_out
+    from slipstream_pack.nodes.measuring.fidelity import compare
 
-    compare = __import__(f"{PACK}.nodes.measuring.fidelity", fromlist=["compare"]).compare
     demo = Demo()
     prompts, _ = held_out(count)
 

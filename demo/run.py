@@ -17,14 +17,7 @@ from typing import Any
 
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui import Server
-from workspace import (
-    PACK,
-    has_gpu,
-    install_pack,
-    run_program,
-    say,
-    show_models,
-)
+from workspace import PACK, has_gpu, install_pack, run_program, say, show_models
 
 TEMPLATE = PACK / "workflows" / "Try Slipstream - no downloads.json"
 BYPASSED = 4
@@ -33,7 +26,7 @@ VARIANTS = ("without", "with")
 ROUNDS = 3
 WARM_UP_STEPS = 4
 ENOUGH_S = 50
-"""No round begins after this, so that a large model on a CPU stays bearable."""
+"""No round begins after this, so that a slow machine stays bearable."""
 
 
 def without_slipstream(workflow: dict[str, Any]) -> dict[str, Any]:

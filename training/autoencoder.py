@@ -8,14 +8,13 @@ leaves a little wrong is decoded all the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from comfy.taesd.taesd import TAESD, Block
 from progress import Progress
-from scenes import Scenes, draw, render
+from scenes import draw_on
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,25 +38,6 @@ def _crops(device: torch.device, seed: int) -> Iterator[Tensor]:
         top, left = torch.randint(pool.shape[-1] - CROP + 1, (2, BATCH), generator=generator).tolist()
         corners = zip(picture, top, left, strict=True)
         yield torch.stack([pool[index, :, y : y + CROP, x : x + CROP] for index, y, x in corners])
-
-
-def draw_on(device: torch.device, seeds: Sequence[int], held_out: bool = False) -> tuple[Scenes, Tensor]:
-    """Scenes and their pictures, on a device."""
-    scenes = draw(seeds, held_out)
-    scenes = Scenes(scenes.choices.to(device), scenes.numbers.to(device))
-    return scenes, render(scenes)
-
-
-LAYERS: tuple[Any, ...] = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
-
-
-def initialize(model: nn.Module, seed: int) -> None:
-    """PyTorch's own initialization: the host's layers leave their weights as they lie in memory, to be loaded."""
-    torch.manual_seed(seed)
-    for module in model.modules():
-        for layer in LAYERS:
-            if isinstance(module, layer):
-                layer.reset_parameters(module)
 
 
 @dataclass(frozen=True)
@@ -95,16 +75,17 @@ def train(steps: int, device: torch.device, seed: int = 0) -> TAESD:
     Returns:
         The autoencoder, in float32 on `device`.
     """
+    torch.manual_seed(seed)
     model = TAESD(latent_channels=4)
-    initialize(model, seed)
     for module in model.modules():
-        # PyTorch's own initialization lets the signal fade in so many layers: ten times as many steps go by until
-        # details appear. Blocks that begin close to the identity train from the start.
+        # The host leaves weights as they lie in memory, to be loaded. PyTorch's own initialization lets the signal fade
+        # in so many layers: ten times as many steps go by until details appear.
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
+        # Blocks that begin close to the identity train from the start.
         if isinstance(module, Block):
             module.conv[-1].weight.data *= 0.1
     model.to(device, memory_format=torch.channels_last)

@@ -9,19 +9,18 @@ the schedule, which never quite reaches pure noise, would let it follow what shi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
 import numpy
 import torch
 import vocabulary
-from autoencoder import draw_on, initialize
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.taesd.taesd import TAESD
 from progress import Progress
-from torch import Tensor
+from scenes import draw_on
+from torch import Tensor, nn
 
 CONFIG: dict[str, Any] = {
     "image_size": 32,
@@ -51,6 +50,7 @@ EMA = 0.999
 OFFSET_NOISE = 0.1
 SNR_LIMIT = 5.0
 TIMESTEPS = 1000
+LAYERS: tuple[Any, ...] = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 
 
 def alphas_cumprod() -> Tensor:
@@ -59,27 +59,32 @@ def alphas_cumprod() -> Tensor:
     return (1 - betas).cumprod(0)
 
 
-class Denoiser(torch.nn.Module):
+class Denoiser(nn.Module):
     """The UNet with its word embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unet = UNetModel(**CONFIG, operations=comfy.ops.disable_weight_init, dtype=torch.float32)
-        self.words = torch.nn.Embedding(len(vocabulary.WORDS), vocabulary.WIDTH)
+        self.words = nn.Embedding(len(vocabulary.WORDS), vocabulary.WIDTH)
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
         """The noise in (B, 4, H, W) latents at timesteps (B,), for tokens (B, LENGTH)."""
         return self.unet(noisy, timestep, self.words(tokens))
 
     def initialize(self, seed: int) -> None:
-        """Each residual branch begins close to zero, so that the first steps don't have to undo it."""
-        initialize(self, seed)
+        """PyTorch's own initialization, which the host's layers leave out since theirs are loaded; but each residual
+        branch begins close to zero, so that the first steps don't have to undo it."""
+        torch.manual_seed(seed)
+        for module in self.modules():
+            for layer in LAYERS:
+                if isinstance(module, layer):
+                    layer.reset_parameters(module)
         for module in self.unet.modules():
             if isinstance(module, ResBlock):
-                torch.nn.init.zeros_(module.out_layers[-1].weight)
+                nn.init.zeros_(module.out_layers[-1].weight)
             if isinstance(module, SpatialTransformer):
-                torch.nn.init.zeros_(module.proj_out.weight)
-        torch.nn.init.zeros_(self.unet.out[-1].weight)
+                nn.init.zeros_(module.proj_out.weight)
+        nn.init.zeros_(self.unet.out[-1].weight)
 
 
 def encode(autoencoder: TAESD, count: int, device: torch.device, seed: int, batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -105,7 +110,6 @@ def train(
     steps: int,
     device: torch.device,
     seed: int = 0,
-    keep: Callable[[Denoiser], None] = lambda averaged: None,
 ) -> Denoiser:
     """Train the UNet and the embedding together.
 
@@ -115,7 +119,6 @@ def train(
         steps: Batches of BATCH latents.
         device: Where to train.
         seed: Of the weights, the noise and the order.
-        keep: Called with the averaged model every tenth of the way.
 
     Returns:
         The exponential moving average of the model, in float32 on `device`.
@@ -153,7 +156,7 @@ def train(
         loss = (weight * error).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         decay = min(EMA, (1 + step) / (10 + step))
@@ -161,6 +164,4 @@ def train(
             for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
             progress(step, loss=loss, error=error.mean())
-        if (step + 1) % max(1, steps // 10) == 0:
-            keep(averaged)
     return averaged

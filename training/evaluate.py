@@ -40,17 +40,13 @@ def main() -> None:
 
     load_all()
     import torch
-    from autoencoder import draw_on
     from judge import Judge, agreement
     from pictures import Demo, held_out
     from PIL import Image
-    from safetensors.torch import load_file
-    from scenes import ATTRIBUTES
+    from scenes import ATTRIBUTES, draw_on
     from train import JUDGE
 
-    demo, judge = Demo(), Judge()
-    judge.load_state_dict(load_file(JUDGE))
-    judge.eval()
+    demo, judge = Demo(), Judge.load(JUDGE)
     figures: dict[str, dict[str, float]] = {}
 
     def tell(name: str, attributes: float, whole: float) -> None:

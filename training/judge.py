@@ -6,11 +6,12 @@ A small convolutional network, trained on the generator's own pictures alone: it
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import torch
-from autoencoder import draw_on
 from progress import Progress
-from scenes import ATTRIBUTES
+from safetensors.torch import load_file
+from scenes import ATTRIBUTES, draw_on
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,6 +41,13 @@ class Judge(nn.Module):
         small = functional.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
         logits = self.heads(self.features(small - 0.5).flatten(1))
         return logits.split([len(options) for options in ATTRIBUTES.values()], dim=1)
+
+    @classmethod
+    def load(cls, file: Path) -> Judge:
+        """A trained one."""
+        judge = cls()
+        judge.load_state_dict(load_file(file))
+        return judge.eval()
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> Tensor:

@@ -73,6 +73,13 @@ def draw(seeds: Sequence[int], held_out: bool = False) -> Scenes:
     return Scenes(torch.tensor(choices), torch.from_numpy(numpy.stack(numbers)))
 
 
+def draw_on(device: torch.device, seeds: Sequence[int], held_out: bool = False) -> tuple[Scenes, Tensor]:
+    """Scenes and their pictures, on a device."""
+    drawn = draw(seeds, held_out)
+    drawn = Scenes(drawn.choices.to(device), drawn.numbers.to(device))
+    return drawn, render(drawn)
+
+
 def words(choices: Sequence[int]) -> dict[str, str]:
     """The caption's words for each attribute of a scene, "" for what isn't there."""
     chosen = {name: options[index] for (name, options), index in zip(ATTRIBUTES.items(), choices, strict=True)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "slipstream-demo.safetensors"
-JUDGE = Path(__file__).parent / "judge.safetensors"
+JUDGE = Path(__file__).with_name("judge.safetensors")
 
 STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "judge": 1200}
 """How long each stage takes."""
@@ -68,11 +68,7 @@ def train(folder: Path, weights: Path, judge: Path, device: Any, steps: Mapping[
     deviation = latents.float().std().item()
 
     def denoiser() -> dict[str, torch.Tensor]:
-        def keep(averaged: diffusion.Denoiser) -> None:
-            save(averaged.state_dict(), folder / "denoiser-so-far.safetensors")
-
-        trained = diffusion.train(latents / deviation, choices, steps["denoiser"], device, SEEDS["denoiser"], keep)
-        return trained.state_dict()
+        return diffusion.train(latents / deviation, choices, steps["denoiser"], device, SEEDS["denoiser"]).state_dict()
 
     export(weights, taesd, stage("denoiser", denoiser), latents, deviation)
     save(stage("judge", lambda: judging.train(steps["judge"], device, SEEDS["judge"]).state_dict()), judge)
@@ -101,11 +97,12 @@ def export(file: Path, taesd: Any, denoiser: Mapping[str, Any], latents: Any, de
     import diffusion
     import torch
     import vocabulary
+    from comfy.latent_formats import SD15
 
     tensors = {
         **{f"first_stage_model.{name}": value for name, value in taesd.state_dict().items()},
-        # The host multiplies latents by 0.18215 before the UNet sees them.
-        "first_stage_model.vae_scale": torch.tensor(0.18215 * deviation),
+        # The host multiplies latents by its factor before the UNet sees them.
+        "first_stage_model.vae_scale": torch.tensor(SD15().scale_factor * deviation),
         "first_stage_model.vae_shift": torch.tensor(0.0),
     }
     for name, value in denoiser.items():

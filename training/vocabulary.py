@@ -31,11 +31,6 @@ def tokens(caption: Sequence[str]) -> list[int]:
     return known + [0] * (LENGTH - len(known))
 
 
-def whole(choices: Sequence[int]) -> list[str]:
-    """All words of a scene's caption."""
-    return " ".join(words(choices).values()).split()
-
-
 def shortened(choices: Sequence[int], random: numpy.random.Generator) -> list[str]:
     """The words that training shows for a scene this time."""
     if random.random() < CAPTION_DROPPED:

@@ -112,22 +112,22 @@ class Demo:
             ) from error
 
     @property
-    def listed_words(self) -> str:
-        """The words, for a message."""
-        return ", ".join(filter(None, self.words))
-
-    @property
     def about(self) -> str:
         """What it is, for a verdict."""
         count = sum(value.numel() for value in self.part(UNET).values())
         return (
             f"{count / 1e6:.1f} M parameters, trained on pictures of {self.size}x{self.size}. "
-            f"Words it knows: {self.listed_words}"
+            f"Words it knows: {listed(self.words)}"
         )
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The weights of the UNet, the text encoder or the VAE."""
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
+
+
+def listed(words: Sequence[str]) -> str:
+    """The model's words, for a message."""
+    return ", ".join(filter(None, words))
 
 
 class DemoFamily(supported_models.SD15):
@@ -197,13 +197,12 @@ def load(node: type[io.ComfyNode]) -> io.NodeOutput:
     except RuntimeError as error:
         verdicts.publish_refused(source, error)
         raise
-    _publish_about(source, demo)
+    _publish_about(verdicts.current_prompt(), source, demo.about)
     return io.NodeOutput(*loaded)
 
 
-def _publish_about(source: Node, demo: Demo) -> None:
-    where = replace(verdicts.current_prompt(), node=source.id)
-    verdicts.publish(where, source, verdicts.Line("active", demo.about), {}, (0, "model"))
+def _publish_about(where: verdicts.Prompt, source: Node, about: str) -> None:
+    verdicts.publish(replace(where, node=source.id), source, verdicts.Line("active", about), {}, (0, "model"))
 
 
 def _patcher_class(disable_dynamic: bool) -> Any:
@@ -221,7 +220,7 @@ def _load_vae_patcher(disable_dynamic: bool = False) -> Any:
     return load_vae().patcher
 
 
-def understand(said: Sequence[str], words: Sequence[str]) -> tuple[list[int], list[str]]:
+def understand(said: Sequence[str], words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """What the model knows of a text.
 
     Args:
@@ -229,21 +228,19 @@ def understand(said: Sequence[str], words: Sequence[str]) -> tuple[list[int], li
         words: the model's own.
 
     Returns:
-        The positions of those that it takes in, each meaning once; and those that it ignores, each once.
+        The model's words that are meant, each with the position where it was said first; and the said ones that it
+        ignores, each once.
     """
-    known, unknown, meanings = [], [], set()
-    for position, word in enumerate(said):
-        meaning = MEANINGS.get(word, word)
-        following = [MEANINGS.get(one, one) for one in said[position + 1 : position + 2]]
-        if meaning in COLOURS and following != ["house"]:
-            # A colour anywhere else would go to the house.
-            meaning = ""
-        if meaning == "trees" and said[position - 1 : position] in (["pine"], ["pines"]):
+    meant = [MEANINGS.get(word, word) for word in said]
+    known: dict[str, int] = {}
+    unknown: list[str] = []
+    for position, (word, meaning) in enumerate(zip(said, meant, strict=True)):
+        if meaning == "trees" and position and meant[position - 1] == "pines":
             continue
-        if meaning in words and meaning:
-            if meaning not in meanings:
-                known.append(position)
-            meanings.add(meaning)
+        # A colour before anything else would go to the house.
+        is_stray_colour = meaning in COLOURS and meant[position + 1 : position + 2] != ["house"]
+        if meaning in words and not is_stray_colour:
+            known.setdefault(meaning, position)
         elif word not in FILLERS and word not in unknown:
             unknown.append(word)
     return known, unknown
@@ -253,8 +250,8 @@ class DemoTokenizer:
     """What the host's CLIP asks of a tokenizer, over the model's few words. Says which of them it took in."""
 
     def __init__(self, demo: Demo, source: Node | None, embedding_directory: Any = None, tokenizer_data: Any = None):
-        # Textual inversions are made for SD's own text encoder.
-        self._demo, self._source = demo, source
+        # Textual inversions are made for SD's own text encoder. Of `demo` not the weights, which would stay in memory.
+        self._words, self._length, self._about, self._source = demo.words, demo.length, demo.about, source
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, Any]:
         """Tokenize a prompt, with weights such as (house:1.3), and tell what was understood of it.
@@ -269,38 +266,37 @@ class DemoTokenizer:
             found = re.findall(r"[^\W\d_]+", sd1_clip.unescape_important(part).lower())
             said += found
             weights += [weight] * len(found)
-        known, unknown = understand(said, self._demo.words)
-        self._tell(text, [said[position] for position in known], unknown)
+        known, unknown = understand(said, self._words)
+        self._tell(text, [said[position] for position in known.values()], unknown)
         tokens = [
-            (self._demo.words.index(MEANINGS.get(said[position], said[position])), weights[position], number)
-            for number, position in enumerate(known, start=1)
+            (self._words.index(word), weights[position], number)
+            for number, (word, position) in enumerate(known.items(), start=1)
         ]
-        length = self._demo.length
-        tokens += [(0, 1.0, 0)] * (-len(tokens) % length or (0 if tokens else length))
+        tokens += [(0, 1.0, 0)] * (-len(tokens) % self._length if tokens else self._length)
         kept = tokens if return_word_ids else [token[:2] for token in tokens]
-        return {"l": [kept[first : first + length] for first in range(0, len(kept), length)]}
+        return {"l": [kept[first : first + self._length] for first in range(0, len(kept), self._length)]}
 
     def _tell(self, text: str, known: Sequence[str], unknown: Sequence[str]) -> None:
         """Say on the loader's node, and in the log, what was taken in of a text."""
         told = [f"{what} {', '.join(words)}" for what, words in (("understood", known), ("ignored", unknown)) if words]
         if unknown:
-            logger.warning("Demo Model: ignored %s. It knows: %s", ", ".join(unknown), self._demo.listed_words)
+            logger.warning("Demo Model: ignored %s. It knows: %s", ", ".join(unknown), listed(self._words))
         if self._source is None:
             return
+        where = verdicts.current_prompt()
         # In a prompt in which the loader was cached nothing has told yet what it is.
-        _publish_about(self._source, self._demo)
+        _publish_about(where, self._source, self._about)
         quoted = f'"{shorten(text, QUOTED, placeholder=" ...")}": ' if told else "an empty prompt"
-        state: Any = "active" if known or not unknown else "inert"
-        line = verdicts.Line(state, quoted + "; ".join(told))
-        verdicts.publish(verdicts.current_prompt(), self._source, line, {}, (1, text))
+        line = verdicts.Line("active" if known or not unknown else "inert", quoted + "; ".join(told))
+        verdicts.publish(where, self._source, line, {}, (1, text))
 
     def untokenize(self, pairs: Sequence[Any]) -> list[tuple[Any, str]]:
         """Each (token, weight) with its word."""
-        return [(pair, self._demo.words[pair[0]]) for pair in pairs]
+        return [(pair, self._words[pair[0]]) for pair in pairs]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The words of tokens."""
-        return " ".join(filter(None, (self._demo.words[token] for token in tokens)))
+        return " ".join(filter(None, (self._words[token] for token in tokens)))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to save."""

@@ -12,16 +12,16 @@ import pytest
 import torch
 from hosted import engine
 from loading import ROOT
+from slipstream_pack.nodes.measuring import fidelity
 
 sys.path.insert(0, str(ROOT / "training"))
 
-from autoencoder import draw_on
 from judge import Judge, agreement
 from pictures import Demo, held_out
-from safetensors.torch import load_file
+from scenes import draw_on
+from train import JUDGE
 
 demo_model = engine("demo_model")
-fidelity = __import__(f"{hosted.PACK}.nodes.measuring.fidelity", fromlist=["compare"])
 
 HOUSE = "winter night, clear sky, moon, mountains, lake, pines, red house"
 
@@ -61,9 +61,7 @@ def test_the_engine_and_other_packs_see_an_sd15_model(demo):
 
 @pytest.fixture(scope="module")
 def judge():
-    judge = Judge()
-    judge.load_state_dict(load_file(ROOT / "training" / "judge.safetensors"))
-    return judge.eval()
+    return Judge.load(JUDGE)
 
 
 def test_the_judge_knows_what_the_generator_drew(judge):
@@ -128,7 +126,7 @@ def test_a_seed_is_a_picture(demo):
 def test_what_is_understood(text, understood, ignored):
     said = text.replace(",", "").split()
     known, unknown = demo_model.understand(said, demo_model.Demo.read().words)
-    assert [said[position] for position in known] == understood.split()
+    assert [said[position] for position in known.values()] == understood.split()
     assert unknown == ignored.split()
 
 
