@@ -4,6 +4,8 @@ NODES: tuple[tuple[str, str], ...] = (
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
+    ("compile_model", "SlipstreamCompileModel"),
+    ("compile_vae", "SlipstreamCompileVAE"),
     ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
     ("report", "SlipstreamReport"),

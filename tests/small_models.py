@@ -7,6 +7,7 @@ from typing import Any
 import comfy.sd
 import comfy.supported_models as families
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taesd import TAESD
 
@@ -64,6 +65,24 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 
+MINIMAL = {
+    **UNET,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+}
+"""What an SD 1.5 UNet needs at least to be one, where each block costs time: compiling."""
+
+TINIEST = {
+    **UNET,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+}
+"""One level, for real compilers."""
+
 DIT = (
     families.AuraFlow,
     {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "in_channels": 4, "dim": 64, "n_heads": 4},
@@ -93,9 +112,32 @@ def build(config: Any, seed: int = 0) -> ModelPatcher:
 
 
 def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
-    """A small model of a family, or ``DiT``."""
-    family, config = DIT if name == "DiT" else CONFIGS[name]
+    """A small model of a family, or ``DiT``, ``minimal`` or ``tiniest``."""
+    others = {"DiT": DIT, "minimal": (families.SD15, MINIMAL), "tiniest": (families.SD15, TINIEST)}
+    family, config = others.get(name) or CONFIGS[name]
     return build(family(dict(config)), seed)
+
+
+KL = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 64,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def kl_vae() -> comfy.sd.VAE:
+    """A small KL autoencoder of Stable Diffusion's architecture, with random weights."""
+    params = {"ddconfig": KL, "embed_dim": 4}
+    autoencoder = AutoencoderKL(**params)
+    initialize(autoencoder, 1)
+    return comfy.sd.VAE(sd=autoencoder.state_dict(), config={"params": params})
 
 
 def vae() -> comfy.sd.VAE:

@@ -6,12 +6,13 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 """
 
 from .models import describe
-from .node import add, model_node, node_schema, option, percent_range, sampler_options
+from .node import add, backend_options, model_node, node_schema, option, percent_range, sampler_options
 from .plan import Plan, plan_of
 
 __all__ = [
     "Plan",
     "add",
+    "backend_options",
     "describe",
     "model_node",
     "node_schema",

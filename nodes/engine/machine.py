@@ -161,6 +161,42 @@ def is_dynamic(patcher: Any) -> bool:
     return bool(getattr(patcher, "is_dynamic", lambda: False)())
 
 
+def without_dynamic_vram(patcher: Any, title: str) -> Any:
+    """The model, loaded a second time without DynamicVRAM if it has it: compiled code can't follow weights that come
+    and go as they are used.
+
+    Raises:
+        RuntimeError: its loader does not say how to load it again.
+    """
+    if not is_dynamic(patcher):
+        return patcher
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{title}: DynamicVRAM brings this model's weights to the GPU as they are used, which compiled code can't "
+            f"follow, and its loader has no way to load it without ({error}). Load it with ComfyUI's own loader, or "
+            "start ComfyUI with --disable-dynamic-vram."
+        ) from error
+
+
+def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
+    """Why no graph should be made of a module as it is now; None if one may."""
+    own = vars(type(module)).get("forward")
+    if "forward" in module.__dict__ or (own is not None and not own.__module__.startswith("comfy.")):
+        return "another node replaced its code"
+    for inner in module.modules():
+        if hasattr(inner, "_v"):
+            return "DynamicVRAM brings the weights to the device as they are used"
+        if getattr(inner, "weight_function", None) or getattr(inner, "bias_function", None):
+            return "weights are patched as they are used, since the model is loaded in part only"
+        if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
+            return "another node has a hook inside"
+    if any(weight.device != device for weight in module.parameters()):
+        return "weights are offloaded, since the model is loaded in part only"
+    return None
+
+
 def as_sampled(patcher: Any, *conditionings: Any) -> Any:
     """The model that the host will sample with these conditionings.
 

@@ -37,11 +37,12 @@ def describe(patcher: Any, model_options: dict[str, Any]) -> Model:
     name = type(config).__name__
     caches = _caches(model_options.get("transformer_options", {}))
     compiler = "ComfyUI's TorchCompileModel" if "torch_compile_kwargs" in model_options else None
+    device = patcher.load_device.type
     if not is_image_unet(module):
-        return Model(name, None, None, 0, 0, caches, compiler)
+        return Model(name, None, None, 0, 0, caches, compiler, device)
     depth = len(module.input_blocks)
     blocks = depth + len(module.output_blocks) + (module.middle_block is not None)
-    return Model(name, family, module.model_channels, depth, blocks, caches, compiler)
+    return Model(name, family, module.model_channels, depth, blocks, caches, compiler, device)
 
 
 def _caches(transformer_options: dict[str, Any]) -> tuple[str, ...]:

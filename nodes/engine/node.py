@@ -9,8 +9,9 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..compiling.settings import DYNAMIC, MODES, SCOPES
 from ..methods.method import Configuration
-from . import models, sampling, verdicts
+from . import machine, models, sampling, verdicts
 from .plan import Entry, Node, plan_of
 
 
@@ -76,6 +77,63 @@ def sampler_options() -> list[Any]:
     ]
 
 
+def backend_options(has_scope: bool) -> Any:
+    """The input `backend` of the nodes that compile, with each backend's own options.
+
+    Args:
+        has_scope: whether there are blocks that could be compiled by themselves.
+    """
+    tooltips = {
+        "mode": (
+            "inductor's preset. default compiles fastest. max-autotune tries many kernels for each operation, which "
+            "takes long. reduce-overhead and max-autotune record CUDA graphs, which needs scope model."
+        ),
+        "scope": (
+            "blocks: each kind of block is compiled once and shared by all of its kind: compiles several times faster, "
+            "and works with everything that is put inside the model. model: one graph; a little faster on some GPUs."
+        ),
+        "dynamic": (
+            "Sizes. auto: what changes is made dynamic when it first does, so a second resolution compiles once more "
+            "and a third does not. on: from the beginning. off: new graphs for each size, each as fast as can be."
+        ),
+        "fullgraph": "Raise an error where a graph would break, instead of telling it.",
+        "tuned": (
+            "What diffusers' guide sets for inductor: coordinate descent tuning, 1x1 convolutions as matrix "
+            "multiplications, no epilogue fusion. Compiles much longer."
+        ),
+        "onediff_backend": "What OneDiff compiles with: nexfort, oneflow, or one that another package registered.",
+    }
+
+    def combo(name: str, choices: tuple[str, ...]) -> Any:
+        return option(io.Combo, name, options=list(choices), default=choices[0], tooltip=tooltips[name])
+
+    def switch(name: str) -> Any:
+        return option(io.Boolean, name, default=False, tooltip=tooltips[name], advanced=True)
+
+    scope = [combo("scope", SCOPES)] if has_scope else []
+    sizes = [*scope, combo("dynamic", DYNAMIC)]
+    named = option(io.String, "onediff_backend", default="nexfort", tooltip=tooltips["onediff_backend"])
+    choices = {
+        "auto": sizes,
+        "inductor": [combo("mode", MODES), *sizes, switch("fullgraph"), switch("tuned")],
+        "cudagraphs": [],
+        "tensorrt": sizes,
+        "openvino": scope,
+        "onediff": [named],
+        "stable-fast": [],
+        "xla": sizes,
+    }
+    return option(
+        io.DynamicCombo,
+        "backend",
+        options=[io.DynamicCombo.Option(name, inputs) for name, inputs in choices.items()],
+        tooltip=(
+            "What compiles. auto takes the best one that is available here and says which. inductor comes with torch; "
+            "the others are packages of their own: see the help page."
+        ),
+    )
+
+
 def node_schema(**arguments: Any) -> io.Schema:
     """The schema of a node of ours, as far as this host knows its fields.
 
@@ -121,6 +179,8 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
         verdicts.publish_off(source, off)
         return io.NodeOutput(model)
     try:
+        if config.phase == "compile":
+            model = machine.without_dynamic_vram(model, config.title)
         config.check(models.describe(model, model.model_options))
         plan = plan_of(model).adding(Entry(config, (source,), suggested))
     except (ValueError, RuntimeError) as error:

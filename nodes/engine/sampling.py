@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, Steps
-from . import history, machine, models, verdicts
+from . import artifacts, history, machine, models, verdicts
 from .guidance import HostGuidance
 from .plan import KEY, Entry, Plan, plan_of
 from .record import Record
@@ -53,6 +53,7 @@ def with_plan(model: Any, plan: Plan) -> Any:
     """A clone of a MODEL (ModelPatcher) that carries this plan, in place of the one it has."""
     clone = model.clone()
     clone.set_attachments(KEY, plan)
+    clone.set_attachments(artifacts.ATTACHMENT, artifacts.Keeper())
     # The host appends wrappers: without this, two of our nodes would start the engine twice.
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
@@ -105,6 +106,7 @@ class SamplingRun:
         self.methods: list[MethodRun] = []
         self.around_evaluation: MethodRun | None = None
         self.around_unet: MethodRun | None = None
+        self.compiling: Any = None
         self.at_output_block: list[MethodRun] = []
         self.evaluation: Evaluation | None = None
         self.latent = torch.Size()
@@ -129,10 +131,20 @@ class SamplingRun:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
             self.methods.append(entry.config.begin(run))
+            if type(self.methods[-1]).compile is not MethodRun.compile:
+                self._compile(entry.config, self.methods[-1])
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.around_unet = next(iter(self._taking_part("unet")), None)
         self.at_output_block = self._taking_part("output_block")
         self._install()
+
+    def _compile(self, config: Any, method: MethodRun) -> None:
+        # Here, since it needs torch's compiler and more of the host's internals than the rest.
+        from .compile_unet import UNetCompiling
+
+        patcher = self.guider.model_patcher
+        self.compiling = UNetCompiling(config, patcher, patcher.get_attachment(artifacts.ATTACHMENT), self.announce)
+        method.compile(self.compiling.tally)
 
     def _taking_part(self, point: str) -> list[MethodRun]:
         return [method for method in self.methods if getattr(type(method), point) is not getattr(MethodRun, point)]
@@ -149,7 +161,7 @@ class SamplingRun:
             WrappersMP.PREDICT_NOISE: self.predict_noise,
             WrappersMP.APPLY_MODEL: self.apply_model,
         }
-        if self.around_unet is not None:
+        if self.around_unet is not None or self.compiling is not None:
             wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
         return wrappers
 
@@ -168,6 +180,8 @@ class SamplingRun:
     def end(self, error: BaseException | None) -> None:
         """Take everything back and say what became of it."""
         self._remove()
+        if self.compiling is not None:
+            self.compiling.end()
         self.record.end(error)
         self.publish()
         told = list(zip(self.plan.entries, self.lines(), strict=True))
@@ -177,7 +191,7 @@ class SamplingRun:
         else:
             self.audience.hear(told)
         self.methods.clear()
-        self.evaluation = self.around_evaluation = self.around_unet = None
+        self.evaluation = self.around_evaluation = self.around_unet = self.compiling = None
         self.at_output_block.clear()
 
     # The host's wrappers, outermost first.
@@ -221,16 +235,18 @@ class SamplingRun:
         options = {} if transformer_options is None else transformer_options
         method, evaluation = self.around_unet, self.evaluation
         # A guider may run a second, other model under the first one's options (DualModelGuider).
-        if method is None or evaluation is None or not models.is_image_unet(executor.class_obj):
+        if evaluation is None or not models.is_image_unet(executor.class_obj):
             return executor(x, timesteps, context, y, control, options, **kwargs)
         # Here, since it uses more of the host's internals than the rest: if they change, this method alone fails.
         from .unet import HostUNetCall
 
         with self.lock:
-            call = HostUNetCall(
+            call: Any = HostUNetCall(
                 executor, x, timesteps, context, y, control, options, kwargs, self.latent, self.occurrences
             )
-        return method.unet(evaluation, call)
+            if self.compiling is not None:
+                call = self.compiling.around(call)
+        return call.full()[0] if method is None else method.unet(evaluation, call)
 
     def output_block(self, h: torch.Tensor, skip: torch.Tensor, transformer_options: dict[str, Any]):
         for method in self.at_output_block:
@@ -246,10 +262,19 @@ class SamplingRun:
         told += [("inert", "")] * (len(self.plan.entries) - len(told))
         return [verdicts.line(self.record, state, text) for state, text in told]
 
-    def publish(self) -> None:
+    def announce(self, graphs: int, seconds: float) -> None:
+        """Tell that something is being compiled, on the node that asked for it."""
+        self.publish({"compile": verdicts.compiling(graphs, seconds)})
+
+    def publish(self, instead: Mapping[str, verdicts.Line] | None = None) -> None:
+        """Tell every node its line, or the methods of some phases another one alone."""
         if self.audience is not None and self.audience.name is None:
             return
         for entry, line in zip(self.plan.entries, self.lines(), strict=True):
+            if instead is not None:
+                if entry.config.phase not in instead:
+                    continue
+                line = instead[entry.config.phase]
             for node in entry.nodes:
                 told = replace(line, text=f"{entry.config.title}: {line.text}") if node.is_expanded else line
                 verdicts.publish(self.where, node, told, self.record.as_dict(), (self.number, entry.config.stem))

@@ -81,72 +81,97 @@ class HostUNetCall:
             frames = (self.options.get("ad_params") or {}).get("sub_idxs")
         return None if frames is None else tuple(frames)
 
-    def _forward(self, options: dict[str, Any]) -> torch.Tensor:
-        return self.executor(self.x, self.timesteps, self.context, self.y, self.control, options, **self.kwargs)
+    @property
+    def has_wrappers_inside(self) -> bool:
+        """Whether wrappers of other packs stand between us and the UNet: ones that were added while it runs."""
+        return bool(self.executor.idx + 1 < len(self.executor.wrappers))
 
     def full(self, branch: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if branch is None:
-            return self._forward(self.options), None
-        position = ("output", len(self.unet.output_blocks) - 1 - branch)
         captured: list[torch.Tensor] = []
-
-        def capture(h: torch.Tensor, skip: torch.Tensor, options: dict[str, Any]):
-            if options["block"] == position:
-                # A copy: core's FreeU, after us, writes into h.
-                captured.append(h.clone())
-            return h, skip
-
-        patches = self.options.get("patches", {})
-        before_all = [capture, *patches.get("output_block_patch", [])]
-        output = self._forward({**self.options, "patches": {**patches, "output_block_patch": before_all}})
+        options = self.options if branch is None else capturing(self.unet, branch, self.options, captured)
+        output = self.executor(self.x, self.timesteps, self.context, self.y, self.control, options, **self.kwargs)
         return output, captured[0] if captured else None
 
     def partial(self, branch: int, deep: torch.Tensor) -> torch.Tensor:
-        """The host's `UNetModel._forward` (0.8.0 to 0.33.0), less the blocks between the branch's
-        input block and the output block that it joins."""
-        unet, x, options = self.unet, self.x, self.options.copy()
-        patches = options.get("patches", {})
-        first = len(unet.output_blocks) - 1 - branch
-        options["original_shape"] = list(x.shape)
-        options["transformer_index"] = 0
-
-        embedded = timestep_embedding(self.timesteps, unet.model_channels, repeat_only=False).to(x.dtype)
-        emb = unet.time_embed(embedded)
-        for patch in patches.get("emb_patch", []):
-            emb = patch(emb, unet.model_channels, options)
-        if unet.num_classes is not None:
-            emb = emb + unet.label_emb(self.y)
-
-        h = x
-        skips = []
-        for index, block in enumerate(unet.input_blocks[: branch + 1]):
-            options["block"] = ("input", index)
-            h = openaimodel.forward_timestep_embed(block, h, emb, self.context, options)
-            h = openaimodel.apply_control(h, self.control, "input")
-            for patch in patches.get("input_block_patch", []):
-                h = patch(h, options)
-            skips.append(h)
-            for patch in patches.get("input_block_patch_after_skip", []):
-                h = patch(h, options)
-
-        skipped = [*unet.input_blocks[branch + 1 :], unet.middle_block, *unet.output_blocks[:first]]
-        options["transformer_index"] += sum(
-            isinstance(layer, SpatialTransformer) for block in skipped if block is not None for layer in block
+        return outer_blocks(
+            self.unet, branch, deep, self.x, self.timesteps, self.context, self.y, self.control, self.options
         )
-        # The host takes one from the end of this list for each output block.
-        outputs = (self.control or {}).get("output", [])
-        for _ in range(min(first, len(outputs))):
-            outputs.pop()
 
-        h = deep
-        for index, block in enumerate(unet.output_blocks[first:], first):
-            options["block"] = ("output", index)
-            skip = openaimodel.apply_control(skips.pop(), self.control, "output")
-            for patch in patches.get("output_block_patch", []):
-                h, skip = patch(h, skip, options)
-            if skip is not None:
-                h = torch.cat([h, skip], dim=1)
-            output_shape = skips[-1].shape if skips else None
-            h = openaimodel.forward_timestep_embed(block, h, emb, self.context, options, output_shape)
-        h = h.type(x.dtype)
-        return unet.id_predictor(h) if unet.predict_codebook_ids else unet.out(h)
+
+def capturing(unet: Any, branch: int, options: dict[str, Any], captured: list[torch.Tensor]) -> dict[str, Any]:
+    """Transformer options with which the host's forward puts a copy of the features that enter the output block which
+    skip connection `branch` joins into `captured`, before any patch touches them."""
+    position = ("output", len(unet.output_blocks) - 1 - branch)
+
+    def capture(h: torch.Tensor, skip: torch.Tensor, options: dict[str, Any]):
+        if options["block"] == position:
+            # A copy: core's FreeU, after us, writes into h.
+            captured.append(h.clone())
+        return h, skip
+
+    patches = options.get("patches", {})
+    return {
+        **options,
+        "patches": {**patches, "output_block_patch": [capture, *patches.get("output_block_patch", [])]},
+    }
+
+
+def outer_blocks(
+    unet: Any,
+    branch: int,
+    deep: torch.Tensor,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor | None,
+    y: torch.Tensor | None,
+    control: dict[str, list[Any]] | None,
+    transformer_options: dict[str, Any],
+) -> torch.Tensor:
+    """The host's `UNetModel._forward` (0.8.0 to 0.33.0), less the blocks between the branch's
+    input block and the output block that it joins."""
+    options = transformer_options.copy()
+    patches = options.get("patches", {})
+    first = len(unet.output_blocks) - 1 - branch
+    options["original_shape"] = list(x.shape)
+    options["transformer_index"] = 0
+
+    embedded = timestep_embedding(timesteps, unet.model_channels, repeat_only=False).to(x.dtype)
+    emb = unet.time_embed(embedded)
+    for patch in patches.get("emb_patch", []):
+        emb = patch(emb, unet.model_channels, options)
+    if unet.num_classes is not None:
+        emb = emb + unet.label_emb(y)
+
+    h = x
+    skips = []
+    for index, block in enumerate(unet.input_blocks[: branch + 1]):
+        options["block"] = ("input", index)
+        h = openaimodel.forward_timestep_embed(block, h, emb, context, options)
+        h = openaimodel.apply_control(h, control, "input")
+        for patch in patches.get("input_block_patch", []):
+            h = patch(h, options)
+        skips.append(h)
+        for patch in patches.get("input_block_patch_after_skip", []):
+            h = patch(h, options)
+
+    skipped = [*unet.input_blocks[branch + 1 :], unet.middle_block, *unet.output_blocks[:first]]
+    options["transformer_index"] += sum(
+        isinstance(layer, SpatialTransformer) for block in skipped if block is not None for layer in block
+    )
+    # The host takes one from the end of this list for each output block.
+    outputs = (control or {}).get("output", [])
+    for _ in range(min(first, len(outputs))):
+        outputs.pop()
+
+    h = deep
+    for index, block in enumerate(unet.output_blocks[first:], first):
+        options["block"] = ("output", index)
+        skip = openaimodel.apply_control(skips.pop(), control, "output")
+        for patch in patches.get("output_block_patch", []):
+            h, skip = patch(h, skip, options)
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        output_shape = skips[-1].shape if skips else None
+        h = openaimodel.forward_timestep_embed(block, h, emb, context, options, output_shape)
+    h = h.type(x.dtype)
+    return unet.id_predictor(h) if unet.predict_codebook_ids else unet.out(h)

@@ -185,6 +185,11 @@ def publish_refused(node: Node, error: Exception) -> None:
     publish(current_prompt(), node, Line("failed", str(error)), {})
 
 
+def compiling(graphs: int, seconds: float) -> Line:
+    """That something is being compiled."""
+    return Line("running", f"compiling, {seconds:.0f} s so far" + (f", graphs done: {graphs}" if graphs else ""))
+
+
 def publish_added(node: Node) -> None:
     """Say that a node did its part. Stands only where no sampler runs the model that it returned."""
     publish(current_prompt(), node, Line("inert", "in the model's plan, but no sampler has run it in this prompt"), {})

@@ -34,6 +34,7 @@ class Model:
         blocks: number of all blocks: input, middle (if it has one) and output.
         caches: other step caches on the same model, by the name of their node.
         compiler: the node that compiles this model as a whole, if one does.
+        device: the torch device type that it runs on, such as ``cuda``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Model:
     blocks: int
     caches: tuple[str, ...] = ()
     compiler: str | None = None
+    device: str = "cpu"
 
     @property
     def is_unet(self) -> bool:
@@ -175,6 +177,17 @@ class UNetCall(Protocol):
         features (B, C', H', W'), which may be written to. Returns the output (B, C, H, W)."""
 
 
+class Compilation(Protocol):
+    """What compiling did in a run so far."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything ran compiled."""
+
+    def sentence(self) -> str:
+        """All of it, for a user."""
+
+
 class MethodRun:
     """A method during one run. Override the points it takes part in; the engine installs no others."""
 
@@ -188,6 +201,10 @@ class MethodRun:
 
     def output_block(self, evaluation: Evaluation, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Before an output block joins the features `h` (B, C, H, W) and the skip (B, C', H, W)."""
+        raise NotImplementedError
+
+    def compile(self, compilation: Compilation) -> None:
+        """Once, when the run begins. Overriding it has the UNet compiled by this method's settings."""
         raise NotImplementedError
 
     def verdict(self) -> tuple[State, str]:

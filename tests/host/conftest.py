@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hosted
+
+# Dynamo's trace for its own tools, thousands of records a graph, of which pytest would keep each one's text.
+logging.getLogger("torch.__trace").propagate = False
 
 # The host's modules are not looked through each time that a test, or the benchmark before each run, collects garbage.
 gc.collect()

@@ -109,6 +109,30 @@ def method(name: str) -> Any:
     return importlib.import_module(f"{PACK}.nodes.methods.{name}")
 
 
+def compiling(name: str) -> Any:
+    """A module of what compiles, as the pack has it."""
+    return importlib.import_module(f"{PACK}.nodes.compiling.{name}")
+
+
+class DynamoAlone(compiling("backends").Backend):
+    """Dynamo traces and guards, and its graphs run as they are: what can go stale does not depend on the backend."""
+
+    name = "eager"
+    devices = ("cpu",)
+
+    def compile_graph(self, graph, inputs, settings, tally):
+        return graph.forward
+
+
+compiling("backends").ALL["eager"] = DynamoAlone()
+compiling("settings").BACKENDS += ("eager",)
+
+
+def compile_model(patcher: ModelPatcher, node_id: str = "7", backend: str = "eager", **options: Any) -> ModelPatcher:
+    """Our Compile Model on a model."""
+    return run_node("SlipstreamCompileModel", patcher, node_id, backend={"backend": backend, **options})
+
+
 def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> ModelPatcher:
     """A clone with a low-rank update on every attention projection, patched as a loaded LoRA is."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hosted
 import pytest
+from comfy_api.latest import io
 from hosted import NODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,20 +28,26 @@ def described(node) -> dict:
     return {
         "display_name": schema.display_name,
         "category": schema.category,
-        "inputs": [
-            {
-                "id": entry.id,
-                "type": entry.get_io_type(),
-                **{
-                    key: getattr(entry, key)
-                    for key in ("default", "min", "max", "step", "options")
-                    if getattr(entry, key, None) is not None and not (key == "options" and entry.id in HOSTS_OWN)
-                },
-            }
-            for entry in schema.inputs
-        ],
+        "inputs": [described_input(entry) for entry in schema.inputs],
         "outputs": [entry.io_type for entry in schema.outputs],
     }
+
+
+def described_input(entry) -> dict:
+    found = {key: getattr(entry, key, None) for key in ("default", "min", "max", "step", "options")}
+    if entry.id in HOSTS_OWN:
+        del found["options"]
+    if isinstance(entry, io.DynamicCombo.Input):
+        found["options"] = {option.key: [described_input(inner) for inner in option.inputs] for option in entry.options}
+    known = {key: value for key, value in found.items() if value is not None}
+    return {"id": entry.id, "type": entry.get_io_type(), **known}
+
+
+def inputs_of(name) -> list:
+    """The inputs of a node, those that belong to a choice too."""
+    entries = NODES[name].define_schema().inputs
+    choices = [entry for entry in entries if isinstance(entry, io.DynamicCombo.Input)]
+    return entries + [inner for entry in choices for option in entry.options for inner in option.inputs]
 
 
 def test_the_schemas_are_those_of_the_snapshot():
@@ -58,13 +65,13 @@ def test_every_input_says_what_it_does(name):
     assert name.startswith("Slipstream")
     assert schema.node_id == name
     assert schema.description
-    assert all(entry.tooltip for entry in schema.inputs)
+    assert all(entry.tooltip for entry in inputs_of(name))
 
 
 @every_node
 def test_every_node_has_a_help_page_that_names_its_inputs(name):
     page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
-    for entry in NODES[name].define_schema().inputs:
+    for entry in inputs_of(name):
         assert f"`{entry.id}`" in page, f"{name}.md does not mention {entry.id}"
 
 

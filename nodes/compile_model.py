@@ -1,0 +1,24 @@
+from comfy_api.latest import io
+
+from .engine import add, backend_options, model_node
+from .methods.compile_model import CompileModel
+
+
+class SlipstreamCompileModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return model_node(
+            node_id="SlipstreamCompileModel",
+            display_name="Compile Model (Slipstream)",
+            description=(
+                "Compiles the diffusion model: the same image, faster, after a longer first run. Follows LoRA, other "
+                "sizes and prompts, and works with DeepCache, CFG Cutoff, FreeU, ControlNet and IPAdapter. For SD 1.x, "
+                "SD 2.x, SDXL, SSD-1B and refiner models."
+            ),
+            aliases=["torch compile", "inductor", "tensorrt", "openvino", "onediff", "stable-fast", "xla", "faster"],
+            options=[backend_options(has_scope=True)],
+        )
+
+    @classmethod
+    def execute(cls, model, backend):
+        return add(cls, model, CompileModel(**backend))

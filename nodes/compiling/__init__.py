@@ -1,0 +1,1 @@
+"""Compiling, without ComfyUI: the backends, and functions that are compiled and counted."""
