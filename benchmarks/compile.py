@@ -1,0 +1,164 @@
+"""What compiling gives a full-size UNet: first image, steady time, peak memory, beside core's TorchCompileModel.
+
+    python benchmarks/compile.py --json figures.json       # in the environment that `./slipstream env` names
+
+Random weights, one process. Each variant's first image is made with an empty disk cache; then all variants are sampled
+in turn, round after round, and the medians count. Nothing else must be running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host")]
+
+from loading import load_all
+
+
+def full_size(family: str, dtype: Any) -> Any:
+    """A model of the real architecture with random weights."""
+    import comfy.model_management
+    import comfy.supported_models as families
+    import small_models
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    unet, kind = {
+        "sd15": ({**small_models.UNET, "model_channels": 320, "context_dim": 768}, families.SD15),
+        "sdxl": (
+            {
+                **small_models.XL,
+                "model_channels": 320,
+                "context_dim": 2048,
+                "num_head_channels": 64,
+                "transformer_depth": [0, 0, 2, 2, 10, 10],
+                "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+                "transformer_depth_middle": 10,
+            },
+            families.SDXL,
+        ),
+    }[family]
+    config = kind(unet)
+    config.set_inference_dtype(dtype, None)
+    device = comfy.model_management.get_torch_device()
+    model = config.get_model({}, "", device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.diffusion_model.named_parameters():
+            is_norm = weight.ndim == 1 and name.endswith("weight")
+            weight.fill_(1.0) if is_norm else weight.normal_(std=0.02 if weight.ndim > 1 else 0.01)
+    return ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def variants(model: Any) -> dict[str, Any]:
+    """The models to compare, by name."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+    from hosted import compile_model, run_node
+
+    def methods(patcher: Any) -> Any:
+        cached = run_node("SlipstreamDeepCache", patcher, "2", cache_interval=3)
+        return run_node("SlipstreamCFGCutoff", cached, "3", cutoff=0.5)
+
+    blocks = compile_model(model, "1", "inductor", scope="blocks")
+    whole = compile_model(model, "1", "inductor", scope="model")
+    return {
+        "eager": model,
+        "core TorchCompileModel": TorchCompileModel.execute(model, "inductor").result[0],
+        "Compile Model, blocks": blocks,
+        "Compile Model, model": whole,
+        "eager + DeepCache + CFG Cutoff": methods(model),
+        "Compile Model, blocks + DeepCache + CFG Cutoff": methods(blocks),
+        "Compile Model, model + DeepCache + CFG Cutoff": methods(whole),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """First image, steady seconds and peak memory of each variant."""
+    import hosted
+    import torch
+    from torch._inductor.utils import fresh_cache
+
+    machine = hosted.engine("machine")
+    dtype = getattr(torch, arguments.dtype)
+    model = full_size(arguments.family, dtype)
+    device = model.load_device
+    latent = torch.zeros(1, 4, arguments.size // 8, arguments.size // 8)
+    prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
+
+    def image(patcher: Any) -> tuple[float, Any]:
+        began = machine.clock(device)
+        result = hosted.sample(patcher, *prompts, steps=arguments.steps, cfg=7.5, image=latent)
+        return machine.clock(device) - began, result
+
+    chosen = {name: patcher for name, patcher in variants(model).items() if name in (arguments.only or [name])}
+    figures: dict[str, Any] = {}
+    verdicts = hosted.engine("verdicts")
+    image(model)  # the process's own first time
+    expected = {}
+    with ExitStack() as caches:
+        for name, patcher in chosen.items():
+            # An empty disk cache each, which stays for the rounds.
+            caches.enter_context(fresh_cache(delete=False))
+            torch._dynamo.utils.counters.clear()
+            machine.release_unused()
+            with machine.watch_memory(device) as peak:
+                seconds, result = image(patcher)
+            expected[name] = result
+            told = verdicts._kept.get((None, "1"))
+            reference = expected.get("eager + DeepCache + CFG Cutoff" if "DeepCache" in name else "eager", result)
+            figures[name] = {
+                "first_s": seconds,
+                "peak_increase_mib": [one.increase_mib for one in peak.peaks],
+                "error": float((result - reference).abs().max() / reference.abs().max()),
+                "graphs": dict(torch._dynamo.utils.counters["stats"]).get("unique_graphs", 0),
+                "verdict": [line["text"] for line in told.lines.values()] if told and "Compile" in name else [],
+                "steady_s": [],
+            }
+            print(f"{name}: first image {seconds:.1f} s; {figures[name]['verdict']}", flush=True)
+        for number in range(arguments.runs):
+            for name, patcher in chosen.items():
+                figures[name]["steady_s"].append(image(patcher)[0])
+            print(f"round {number + 1} of {arguments.runs}", flush=True)
+    return {
+        "machine": machine.describe(device),
+        "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "figures": figures,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", nargs="*", help="variants by name")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    load_all()
+    began = time.perf_counter()
+    report = measure(arguments)
+    eager = statistics.median(report["figures"].get("eager", {}).get("steady_s") or [float("nan")])
+    print("\n| variant | first image | steady | against eager | graphs | error |\n|---|---|---|---|---|---|")
+    for name, figure in report["figures"].items():
+        steady = statistics.median(figure["steady_s"]) if figure["steady_s"] else float("nan")
+        print(
+            f"| {name} | {figure['first_s']:.1f} s | {steady:.2f} s | {eager / steady:.2f}x | {figure['graphs']} "
+            f"| {figure['error']:.1e} |"
+        )
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
