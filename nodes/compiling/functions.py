@@ -256,9 +256,16 @@ def ratio(without: list[float], steady: list[float]) -> float | None:
     return statistics.median(without) / statistics.median(steady)
 
 
+_inside = 0
+_patches = contextlib.ExitStack()
+_entering = threading.Lock()
+
+
 @contextlib.contextmanager
 def _configured(settings: Settings, dynamic: str) -> Iterator[None]:
-    """Dynamo's options, as our functions need them, for as long as one of them is called."""
+    """Dynamo's options, as our functions need them, for as long as one of them is called: on several GPUs, one run
+    calls them in several threads."""
+    global _inside
     wanted = {
         "recompile_limit": VARIANTS,
         "accumulated_recompile_limit": 4 * VARIANTS,
@@ -270,10 +277,20 @@ def _configured(settings: Settings, dynamic: str) -> Iterator[None]:
     known = {name: value for name, value in wanted.items() if hasattr(dynamo_config, name)}
     dynamo: Any = dynamo_config
     shapes: Any = torch.fx.experimental._config
-    with dynamo.patch(known), shapes.patch(use_duck_shape=dynamic == "off"):
+    with _entering:
+        if not _inside:
+            _patches.enter_context(dynamo.patch(known))
+            _patches.enter_context(shapes.patch(use_duck_shape=dynamic == "off"))
+        _inside += 1
+    try:
         if settings.records_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         yield
+    finally:
+        with _entering:
+            _inside -= 1
+            if not _inside:
+                _patches.close()
 
 
 def _counts() -> tuple[int, dict[str, int]]:

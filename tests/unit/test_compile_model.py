@@ -7,6 +7,8 @@ import importlib.util
 import shutil
 import sys
 import sysconfig
+import threading
+import time
 
 import pytest
 import torch
@@ -205,6 +207,28 @@ def test_a_kind_learns_nothing_of_another_kinds_sizes(compiler):
         assert compiler.graphs == 2
         run(compiler, "wide", torch.nn.Linear(8, 8), torch.randn(6, 8))
     assert compiler.tally.recompiled == {"size 3 to 5": 1, "size 5 to 6": 1}
+
+
+def test_dynamos_settings_are_back_after_calls_in_several_threads(compiler):
+    """On several GPUs, one thread calls while another one has begun: the first to begin may be the first to end."""
+    settings = lambda: (torch._dynamo.config.recompile_limit, torch.fx.experimental._config.use_duck_shape)  # noqa: E731
+    before, inside, first_is_over = settings(), [], threading.Event()
+
+    def second():
+        compiler.call({}, lambda: (first_is_over.wait(5), inside.append(settings())), None)
+
+    thread = threading.Thread(target=second)
+
+    def first():
+        thread.start()
+        while functions._inside < 2:
+            time.sleep(0.01)
+
+    compiler.call({}, first, None)
+    first_is_over.set()
+    thread.join()
+    assert inside == [(functions.VARIANTS, False)]
+    assert settings() == before
 
 
 def test_weights_are_told_apart_by_what_they_are_and_hold():
