@@ -84,6 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """First image, steady seconds and peak memory of each variant."""
     import hosted
     import torch
+    from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache
 
     machine = hosted.engine("machine")
@@ -106,8 +107,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as caches:
         for name, patcher in chosen.items():
             # An empty disk cache each, which stays for the rounds.
-            caches.enter_context(fresh_cache(delete=False))
-            torch._dynamo.utils.counters.clear()
+            if not arguments.keep_cache:
+                caches.enter_context(fresh_cache(delete=False))
+            counters.clear()
             machine.release_unused()
             with machine.watch_memory(device) as peak:
                 seconds, result = image(patcher)
@@ -118,7 +120,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "first_s": seconds,
                 "peak_increase_mib": [one.increase_mib for one in peak.peaks],
                 "error": float((result - reference).abs().max() / reference.abs().max()),
-                "graphs": dict(torch._dynamo.utils.counters["stats"]).get("unique_graphs", 0),
+                "graphs": counters["stats"]["unique_graphs"],
+                "disk_cache": {key: counters["inductor"][f"fxgraph_cache_{key}"] for key in ("hit", "miss")},
                 "verdict": [line["text"] for line in told.lines.values()] if told and "Compile" in name else [],
                 "steady_s": [],
             }
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--keep-cache", action="store_true", help="use the disk cache that is there, as a restart does")
     parser.add_argument("--only", nargs="*", help="variants by name")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

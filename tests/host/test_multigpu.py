@@ -29,9 +29,13 @@ def on_two_devices(patcher):
     return clone, extra
 
 
+REQUIRED = {"SlipstreamCompileModel": {"backend": {"backend": "eager"}}}
+"""The inputs that have no default."""
+
+
 def wire(patcher, names):
     for node_id, name in enumerate(names, 1):
-        patcher = run_node(name, patcher, str(node_id))
+        patcher = run_node(name, patcher, str(node_id), **REQUIRED.get(name, {}))
     return patcher
 
 
