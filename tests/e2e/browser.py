@@ -28,6 +28,7 @@ from typing import Any, Literal
 from comfyui import Server
 from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, sync_playwright
 from playwright.sync_api import Page as PlaywrightPage
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 Renderer = Literal["classic", "vue"]
 Theme = Literal["dark", "light"]
@@ -361,9 +362,10 @@ class Page:
         return bool(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified"))
 
     def shows_image(self, node: NodeId) -> bool:
-        """Whether a node shows a picture that has been loaded: painted by the classic renderer, or in the page."""
-        return bool(
-            self.page.evaluate(
+        """Whether a node shows a picture that has been loaded: painted by the classic renderer, or in the page. It may
+        come a moment after the run."""
+        try:
+            self.page.wait_for_function(
                 """async (id) => {
                     const node = slipstreamTest.node(id)
                     const inPage = document.querySelector(`[data-node-id="${id}"] img[src*='/view']`)
@@ -371,9 +373,12 @@ class Page:
                     await image?.decode?.()
                     return image?.naturalWidth > 1 && (inPage === null || inPage.offsetWidth > 1)
                 }""",
-                node,
+                arg=node,
+                timeout=10_000,
             )
-        )
+        except PlaywrightTimeoutError:
+            return False
+        return True
 
     def errors(self) -> list[str]:
         """The error messages that the page shows its user."""
