@@ -157,6 +157,9 @@ class Inductor(Backend):
 
         # The disk cache: a restart does not compile again. Only known options: they change with torch's version.
         options = {"fx_graph_cache": True, **list_mode_options(settings.mode)}
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in inputs):
+            # It would copy each convolution's weights into another layout at each call: they are inputs here.
+            options["layout_optimization"] = False
         if settings.tuned:
             known = torch._inductor.config.get_config_copy()
             options.update({name: value for name, value in self.TUNED.items() if name in known})

@@ -63,7 +63,8 @@ class Compiler:
         self._used: set[Hashable] = set()
         self._functions: dict[Hashable, Graph] = {}
         self._seen: set[tuple[tuple[str, Any], ...]] = set()
-        self._last: Mapping[str, Any] = {}
+        # By kind of step: a shape is told apart from the last one of its own kind.
+        self._last: dict[Any, Mapping[str, Any]] = {}
         self._fingerprint: Hashable = None
         self._timed: Mapping[str, Any] | None = None
 
@@ -152,7 +153,7 @@ class Compiler:
         self._functions.clear()
         self._graphs_of.clear()
         self._seen.clear()
-        self._last = {}
+        self._last.clear()
 
     @property
     def is_untimed(self) -> bool:
@@ -167,7 +168,8 @@ class Compiler:
         """Run something that calls compiled functions.
 
         Args:
-            shape: what graphs may depend on, by the names a user knows: ``{"resolution": "512x512", ...}``.
+            shape: what graphs may depend on, by the names a user knows: ``{"resolution": "512x512", ...}``. `step`
+                among them is the kind of step.
             run: calls the functions.
             wait: waits for the device; None if this call is not to be timed.
 
@@ -200,7 +202,9 @@ class Compiler:
             wait()
             self._steady_s.append(time.perf_counter() - began)
         self._seen.add(key)
-        self._last = shape
+        # Last of all, in its order too: it is what a new kind is compared with.
+        self._last.pop(shape.get("step"), None)
+        self._last[shape.get("step")] = shape
         self._tell_state()
         return output
 
@@ -213,8 +217,9 @@ class Compiler:
             if new > 0:
                 self.tally.breaks[reason.splitlines()[0].strip()] += new
         if self._last:
-            changed = [f"{name} {self._last[name]} to {value}" for name, value in shape.items()
-                       if self._last.get(name, value) != value]  # fmt: skip
+            last = self._last.get(shape.get("step")) or next(reversed(self._last.values()))
+            changed = [f"{name} {last[name]} to {value}" for name, value in shape.items()
+                       if last.get(name, value) != value]  # fmt: skip
             self.tally.recompiled[", ".join(changed) or _recompile_reason()] += made
 
     def _is_of_compiling(self, error: Exception, is_first: bool) -> bool:

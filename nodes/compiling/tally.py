@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+EQUAL = 0.05
+"""Two speeds that differ by less are told as equal: a few calls can't tell more."""
+
 
 @dataclass
 class Tally:
@@ -59,9 +62,13 @@ class Tally:
             parts[0] += ", compiled earlier"
         parts += [f"recompiled {count(n, 'graph')}: {what}" for what, n in self.recompiled.items()]
         if self.ratio is not None:
-            is_faster = self.ratio >= 1
-            speed = f"{self.ratio:.2f}x as fast as" if is_faster else f"slow, {1 / self.ratio:.2f} times as long as"
-            parts.append(f"each {self.unit} {speed} without")
+            if abs(self.ratio - 1) < EQUAL:
+                speed = "as fast as without"
+            elif self.ratio > 1:
+                speed = f"{self.ratio:.2f}x as fast as without"
+            else:
+                speed = f"slow, {1 / self.ratio:.2f} times as long as without"
+            parts.append(f"each {self.unit} {speed}")
         parts += [f"{count(n, 'graph break')}: {why}" for why, n in self.breaks.items()]
         if self.outside:
             parts.append("left to torch: " + ", ".join(f"{n} x {name}" for name, n in self.outside.items()))

@@ -137,9 +137,10 @@ class CompiledUNetCall:
     ) -> tuple[torch.Tensor, ...]:
         call, compiler = self.call, self.compiler
         shape = self._shape()
+        shape["step"] = step if step == "cached" or branch is None else "full, features kept"
         why = self._not_whole() if compiler.settings.is_whole else None
         if compiler.settings.is_whole and why is None:
-            shape |= {"compiled": "whole", "step": step, "ControlNet": "off" if call.control is None else "on"}
+            shape |= {"compiled": "whole", "ControlNet": "off" if call.control is None else "on"}
             run = self._whole(branch, adapter, extra)
         elif compiler.backend.takes_modules or compiler.settings.records_cuda_graphs:
             # What was recorded can't see what another node changes inside.

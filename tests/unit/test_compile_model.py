@@ -132,6 +132,8 @@ def test_the_sentence():
     assert told.sentence() == "inductor: 38 blocks in 18 graphs, compiled in 62 s, 3 from the disk cache"
     told = tally.Tally("inductor", "UNet call", "the UNet", calls=20, graphs=1, ratio=1.314)
     assert told.sentence() == "inductor: the UNet in 1 graph, compiled earlier; each UNet call 1.31x as fast as without"
+    told.ratio = 0.97
+    assert told.sentence().endswith("each UNet call as fast as without")
     told.ratio = 0.8
     assert told.sentence().endswith("each UNet call slow, 1.25 times as long as without")
     told = tally.Tally("openvino", "UNet call", "38 blocks", calls=2, graphs=36, new_graphs=18, compile_s=5)
