@@ -1,6 +1,6 @@
 """What compiling gives a full-size UNet: first image, steady time, peak memory, beside core's TorchCompileModel.
 
-    python benchmarks/compile.py --json figures.json       # in the environment that `./slipstream env` names
+    python benchmarks/compile.py --output folder       # in the environment that `./slipstream env` names
 
 Random weights, one process. Each variant's first image is made with an empty disk cache; then all variants are sampled
 in turn, round after round, and the medians count. Nothing else must be running.
@@ -12,15 +12,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "host")]
 
 from loading import load_all
+from readme import described
 
 
 def full_size(family: str, dtype: Any) -> Any:
@@ -122,7 +122,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "error": float((result - reference).abs().max() / reference.abs().max()),
                 "graphs": counters["stats"]["unique_graphs"],
                 "disk_cache": {key: counters["inductor"][f"fxgraph_cache_{key}"] for key in ("hit", "miss")},
-                "verdict": [line["text"] for line in told.lines.values()] if told and "Compile" in name else [],
+                "verdict": [line["text"] for line in told.lines.values()]
+                if told and name.startswith("Compile")
+                else [],
                 "steady_s": [],
             }
             print(f"{name}: first image {seconds:.1f} s; {figures[name]['verdict']}", flush=True)
@@ -132,9 +134,41 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"round {number + 1} of {arguments.runs}", flush=True)
     return {
         "machine": machine.describe(device),
-        "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+        "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
         "figures": figures,
     }
+
+
+def page(report: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    figures, settings = report["figures"], report["settings"]
+    steady = {name: statistics.median(one["steady_s"] or [float("nan")]) for name, one in figures.items()}
+    eager = steady.get("eager", float("nan"))
+    rows = [
+        f"| {name} | {one['first_s']:.1f} s | {steady[name]:.2f} s | {eager / steady[name]:.2f}x "
+        f"| {statistics.median(one['peak_increase_mib']):.0f} MiB | {one['graphs']} | {one['error']:.1e} |"
+        for name, one in figures.items()
+    ]
+    told = [f"- {name}: *{text}*" for name, one in figures.items() for text in one["verdict"]]
+    return "\n".join(
+        [
+            "# What compiling gives\n",
+            f"{settings['family']}, random weights, {settings['dtype']}, {settings['size']}x{settings['size']}, "
+            f"{settings['steps']} steps of euler, cfg 7.5; {described(report['machine'])}. "
+            "First images with an empty disk cache; then "
+            f"{settings['runs']} rounds in turn, medians. Variants with DeepCache (interval 3) and CFG Cutoff (0.5) "
+            "come last and use what was compiled before. Memory is the peak above that before the image; errors are "
+            "the greatest difference of the latents from those without compiling, relative to the greatest value.\n",
+            "| variant | first image | steady | against eager | memory | new graphs | error |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "The verdicts of the first images:\n",
+            *told,
+            "",
+            "`python benchmarks/compile.py`, in the environment that `./slipstream env` names, repeats it.\n",
+        ]
+    )
 
 
 def main() -> None:
@@ -146,22 +180,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--keep-cache", action="store_true", help="use the disk cache that is there, as a restart does")
     parser.add_argument("--only", nargs="*", help="variants by name")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, help="a folder for the figures and a page that shows them")
     arguments = parser.parse_args()
     load_all()
-    began = time.perf_counter()
     report = measure(arguments)
-    eager = statistics.median(report["figures"].get("eager", {}).get("steady_s") or [float("nan")])
-    print("\n| variant | first image | steady | against eager | graphs | error |\n|---|---|---|---|---|---|")
-    for name, figure in report["figures"].items():
-        steady = statistics.median(figure["steady_s"]) if figure["steady_s"] else float("nan")
-        print(
-            f"| {name} | {figure['first_s']:.1f} s | {steady:.2f} s | {eager / steady:.2f}x | {figure['graphs']} "
-            f"| {figure['error']:.1e} |"
-        )
-    print(f"{time.perf_counter() - began:.0f} s in all")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print("\n" + page(report))
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+        (arguments.output / "README.md").write_text(page(report))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ def table(report: dict[str, Any]) -> str:
     """What was measured, the figures, and the command that repeats it, as Markdown."""
     machine, settings = report["machine"], report["settings"]
     has_pictures = report["weights"] != "random"
-    device = machine["processor"] if machine["device_type"] == "cpu" else machine["device"]
     lines = [
-        f"{report['title']}; {report['weights']} weights; {device}, {machine['cores']} cores; "
-        f"ComfyUI {machine['comfyui']}, torch {machine['torch']}; {settings['runs']} interleaved rounds "
+        f"{report['title']}; {report['weights']} weights; {described(machine)}; {settings['runs']} interleaved rounds "
         "after a warm-up of each.",
         "",
         "| on the model | speed (95 % interval) |" + (" SSIM |" if has_pictures else ""),
@@ -40,6 +38,12 @@ def table(report: dict[str, Any]) -> str:
     if not has_pictures:
         lines[-1] += " Pictures of random weights mean nothing and are left out; times do not depend on weights."
     return "\n".join(lines) + "\n"
+
+
+def described(machine: dict[str, Any]) -> str:
+    """What it was measured on."""
+    device = machine["processor"] if machine["device_type"] == "cpu" else machine["device"]
+    return f"{device}, {machine['cores']} cores; ComfyUI {machine['comfyui']}, torch {machine['torch']}"
 
 
 def name(variant: dict[str, Any]) -> str:
