@@ -207,3 +207,13 @@ def as_sampled(patcher: Any, *conditionings: Any) -> Any:
     if has_hooks is None or not is_dynamic(patcher) or not any(has_hooks(cond) for cond in conditionings):
         return patcher
     return patcher.get_non_dynamic_delegate()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on a device or in RAM."""
+    is_oom = getattr(comfy.model_management, "is_oom", None)  # since 0.28
+    if is_oom(error) if is_oom is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION):
+        return True
+    # On a CPU, torch and what it calls have no error of their own for it; on Apple's GPUs neither.
+    texts = ("DefaultCPUAllocator", "bad_alloc", "MPS backend out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -82,7 +82,7 @@ def sample(
         )
 
 
-def execute(name: str, node_id: str = "7", **inputs: Any) -> Any:
+def execute(name: str, node_id: str = "7", /, **inputs: Any) -> Any:
     """Execute one of our nodes as the host does, missing inputs at their defaults. Returns its NodeOutput."""
     node = NODES[name]
     for option in node.define_schema().inputs:
