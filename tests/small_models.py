@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
@@ -10,7 +12,9 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taesd import TAESD
+from safetensors import safe_open
 
+TRAINED = Path(__file__).with_name("kl.safetensors")
 CPU = torch.device("cpu")
 
 UNET = {
@@ -132,12 +136,29 @@ KL = {
 }
 
 
-def kl_vae() -> comfy.sd.VAE:
-    """A small KL autoencoder of Stable Diffusion's architecture, with random weights."""
-    params = {"ddconfig": KL, "embed_dim": 4}
+def kl_vae(**config: Any) -> comfy.sd.VAE:
+    """A small KL autoencoder of Stable Diffusion's architecture, with random weights.
+
+    Args:
+        config: what of `KL` is to be otherwise.
+    """
+    params = {"ddconfig": {**KL, **config}, "embed_dim": 4}
     autoencoder = AutoencoderKL(**params)
     initialize(autoencoder, 1)
     return comfy.sd.VAE(sd=autoencoder.state_dict(), config={"params": params})
+
+
+def full_vae() -> comfy.sd.VAE:
+    """The KL autoencoder of SD 1.x and SDXL in its full size, with random weights."""
+    return kl_vae(resolution=256, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2)
+
+
+def trained_vae() -> comfy.sd.VAE:
+    """A KL autoencoder of that layout, narrower, that encodes and decodes pictures: `training/train_kl.py` made it."""
+    with safe_open(TRAINED, framework="pt") as file:
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        params = {"ddconfig": json.loads(file.metadata()["ddconfig"]), "embed_dim": 4}
+    return comfy.sd.VAE(sd=weights, config={"params": params})
 
 
 def vae() -> comfy.sd.VAE:

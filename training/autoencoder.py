@@ -26,7 +26,7 @@ NEW_PICTURE_EVERY = 2
 """Steps between two new pictures: drawing one costs a tenth of a step."""
 
 
-def _crops(device: torch.device, seed: int) -> Iterator[Tensor]:
+def crops(device: torch.device, seed: int) -> Iterator[Tensor]:
     """Batches of (BATCH, 3, CROP, CROP) in 0..1, cut from a pool of pictures that is renewed all the time."""
     generator = torch.Generator().manual_seed(seed)
     pool = draw_on(device, range(seed, seed + POOL))[1]
@@ -90,7 +90,7 @@ def train(steps: int, device: torch.device, seed: int = 0) -> TAESD:
             module.conv[-1].weight.data *= 0.1
     model.to(device, memory_format=torch.channels_last)
     for number, phase in enumerate(PHASES):
-        _train_phase(model, phase, max(2, round(steps * phase.share)), _crops(device, seed + 100_000 * number))
+        _train_phase(model, phase, max(2, round(steps * phase.share)), crops(device, seed + 100_000 * number))
     return model.requires_grad_(False)
 
 
