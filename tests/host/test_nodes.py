@@ -18,8 +18,8 @@ SNAPSHOT = Path(__file__).with_name("schemas.json")
 every_node = pytest.mark.parametrize("name", list(NODES))
 
 
-HOSTS_OWN = {"sampler_name", "scheduler"}
-"""Inputs whose choices are the host's, and change with it."""
+HOSTS_OWN = {"sampler_name", "scheduler", "name"}
+"""Inputs whose choices are the host's, or the user's files."""
 
 
 def described(node) -> dict:
