@@ -11,8 +11,10 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -38,11 +40,14 @@ class Clip:
 
 def small(name: str):
     family, config = small_models.CONFIGS[name]
-    # At the templates' sizes attention takes all the time: one block, at the lowest resolution.
+    # At the templates' sizes attention takes all the time: one block, at the lowest resolution. And then width.
+    config = {**config, "model_channels": 32}
     for part in ("transformer_depth", "transformer_depth_output"):
         config = {**config, part: [0] * len(config[part])}
     model = small_models.build(family({**config, "transformer_depth_middle": 1}))
-    return model, Clip(config["context_dim"]), small_models.vae(), None
+    # What rescales and tiles wants a KL autoencoder.
+    vae = small_models.kl_vae() if name == "SDXL" else small_models.vae()
+    return model, Clip(config["context_dim"]), vae, None
 
 
 load = comfy.sd.load_checkpoint_guess_config
@@ -54,6 +59,17 @@ def load_or_stand_in(path, *args, **kwargs):
 
 
 comfy.sd.load_checkpoint_guess_config = load_or_stand_in
+
+
+def put_tiny_vae() -> None:
+    """The file that a template asks for: the decoder alone."""
+    folder = Path(folder_paths.get_folder_paths("vae_approx")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = small_models.vae().first_stage_model.taesd_decoder.state_dict()
+    save_file(weights, folder / "taesd_decoder.safetensors")
+
+
+put_tiny_vae()
 
 
 class Fault(io.ComfyNode):
