@@ -415,8 +415,8 @@ class _Tiles(nn.Module):
         def advanced(more: float) -> None:
             nonlocal share
             share += more
-            comfy.model_management.throw_exception_if_processing_interrupted()
             self._bar.update_absolute(begun + round(1000 * share * len(values)))
+            comfy.model_management.throw_exception_if_processing_interrupted()
 
         weights_of = partial(_weights_of, values[:0])
         tiler = Tiler(self._network, self.side, values.device, weights_of, advanced, _attend_on(values.device))
@@ -439,9 +439,7 @@ class _Tiles(nn.Module):
         elif self._settings.statistics == "exact":
             said += f", as if {'de' if self._network.is_decoder else 'en'}coded whole"
         else:
-            said += (
-                f" within {self._network.halo} more pixels on each side, norms as measured on a quarter of the pixels"
-            )
+            said += f" within {self._network.halo} more pixels on each side, norms as of a quarter of the pixels"
         if asked != self._settings.statistics:
             said += f", since the image is too small for {asked} ones"
         if self.too_large:

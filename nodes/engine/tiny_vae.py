@@ -262,7 +262,8 @@ def _load_video(form: Any, file: str, weights: Weights) -> Tiny:
     if any(name.startswith("decoder.") for name in missing):
         raise _wrong(file, f"some of its layers are missing ({', '.join(sorted(missing)[:3])})")
     _check_channels(form, file, vae.latent_channels)
-    known = {one.taesd_decoder_name: one for one in vars(latent_formats).values() if _is_of_video(one)}
+    forms = [one() for one in vars(latent_formats).values() if _is_of_video(one)]
+    known = {one.taesd_decoder_name: one for one in forms if one.taesd_decoder_name}
     stem = PurePath(file).stem
     if not _is_of_video(type(form)) or (stem in known and form.taesd_decoder_name not in (None, stem)):
         raise ValueError(
@@ -272,7 +273,7 @@ def _load_video(form: Any, file: str, weights: Weights) -> Tiny:
     if vae.latent_channels == 16 and stem in known:
         # The host guesses from the weights' type whether the two that look alike scale their latents.
         module = vae.first_stage_model
-        scales = known[stem]() if stem == "taehv" else latent_formats.LatentFormat()
+        scales = known[stem] if stem == "taehv" else latent_formats.LatentFormat()
         module.process_in, module.process_out = scales.process_in, scales.process_out
     return _tiny(vae, file, vae.latent_channels, "one that was published with its encoder" if missing else "", "")
 

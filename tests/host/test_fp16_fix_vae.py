@@ -203,6 +203,16 @@ def test_it_is_unloaded_and_loaded_again(large, summing_in_float32):
     assert dtype == torch.float16
 
 
+def test_tiles_are_not_told_as_images():
+    calls = stages.Calls()
+    calls.add("decode", 2, 1)
+    assert calls.told("in fp32") == ["decoded 2 images, 1 of them again in fp32"]
+    for _ in range(18):
+        calls.add("decode", 1)
+    calls.add("encode", 1)
+    assert calls.told("in fp32") == ["decoded in 19 calls, 1 of them again in fp32", "encoded 1 image"]
+
+
 def test_the_hosts_nodes_take_it(large, summing_in_float32):
     fixed = fix(large)
     (image,) = host_nodes.VAEDecode().decode(fixed, {"samples": latent()})
@@ -257,6 +267,7 @@ def test_auto_changes_nothing_where_nothing_is_faster(large, last_lines):
         (False, True, torch.float32, torch.bfloat16, "bf16, whose range needs no rescaling; weights 2 MiB instead"),
         (True, True, torch.bfloat16, torch.float16, "no gain in speed, this device computes bf16 as fast: a gain in"),
         (True, False, torch.float32, torch.float16, "weights 2 MiB instead of 5"),
+        (True, False, torch.bfloat16, torch.float16, "faster than bf16, which this device does not compute fast"),
     ],
 )
 def test_auto_takes_what_the_device_computes_fast(
@@ -377,9 +388,10 @@ def test_an_autoencoder_with_other_parts_is_refused(ordinary):
         fix(ordinary)
 
 
-def test_code_that_another_node_put_in_is_not_copied(ordinary):
-    block = stages.module_of(ordinary).decoder.mid.block_1
-    block.forward = block.forward
+@pytest.mark.parametrize("what", ["forward", "_conv_forward", "padding_mode"])
+def test_code_that_another_node_put_in_is_not_copied(ordinary, what):
+    conv = stages.module_of(ordinary).decoder.mid.block_1.conv1
+    setattr(conv, what, "circular" if what == "padding_mode" else getattr(conv, what))
     with pytest.raises(RuntimeError, match="another node replaced part of this one's code"):
         fix(ordinary)
 
@@ -396,6 +408,35 @@ def test_what_can_not_be_rescaled_is_refused(ordinary, part, value, why, last_li
     with pytest.raises(RuntimeError, match=f"can't be rescaled into float16's range: {why}.* Choose precision bf16"):
         fix(ordinary)
     assert last_lines("7")[0][0] == "failed"
+
+
+def test_a_file_without_a_vae(last_lines):
+    with pytest.raises(RuntimeError, match=r"FP16-Fix VAE: expected a VAE, but the file that was loaded holds none"):
+        fix(comfy.sd.VAE(sd={}))
+    assert last_lines("7")[0][0] == "failed"
+
+
+def test_too_little_memory_to_measure_is_told_as_that(large, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "_peaks", fail)
+    engine._measured.clear()
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+        fix(large)
+
+
+def test_what_dynamic_vram_keeps_on_the_module_is_not_copied(large):
+    class Buffer:
+        def __deepcopy__(self, memo):
+            pytest.fail("it would be freed twice")
+
+    module = stages.module_of(large)
+    module.dynamic_pins, module.dynamic_patchers = {"cuda": Buffer()}, {id(large)}
+    fixed = stages.module_of(fix(large))
+    assert fixed.dynamic_pins == {}
+    assert fixed.dynamic_patchers == set()
+    assert list(module.dynamic_pins) == ["cuda"]
 
 
 def test_weights_beyond_the_range_are_refused(ordinary):
@@ -457,8 +498,9 @@ def test_both_tell_what_they_did(large, last_lines, summing_in_float32):
     assert last_lines("2")[-1][1].endswith("decoded 1 image")
 
 
-def test_twice_with_equal_settings_is_once_and_with_others_refused(large):
+def test_twice_with_equal_settings_is_once_and_with_others_refused(large, last_lines):
     fixed = compile_vae(fix(large, "1"), "2")
     assert fix(fixed, "3") is fixed
+    assert last_lines("3") == [("inert", "node 1 does the same to this VAE already, and says what became of it")]
     with pytest.raises(ValueError, match="node 4 and node 1 change the precision of the same VAE with different"):
         fix(fixed, "4", precision="bf16")

@@ -66,11 +66,13 @@ def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, las
     assert torch.equal(sample(model, steps=6), sample(hosted.model("SD15"), steps=6))
 
 
-def test_every_order_gives_the_same_bits(two_devices):
-    images = []
-    for order in itertools.permutations(METHODS):
+def test_orders_give_the_same_bits(two_devices):
+    """Each method once at each place, both ways round. On one device every order is tried."""
+    methods, images = list(METHODS), []
+    rotations = [methods[first:] + methods[:first] for first in range(len(methods))]
+    for order in itertools.chain(rotations, map(reversed, rotations)):
         split, _ = on_two_devices(hosted.model("SD15"))
-        images.append(sample(wire(split, order), steps=6))
+        images.append(sample(wire(split, list(order)), steps=6))
     assert all(torch.equal(image, images[0]) for image in images)
 
 

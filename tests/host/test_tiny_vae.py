@@ -160,6 +160,18 @@ def reference(model, scale=0.18215):
     return comfy.sd.VAE(sd={**model.state_dict(), "vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(0.0)})
 
 
+def test_a_decoder_alone_that_the_host_saved(folder):
+    """Its encoder was made up, and is not saved."""
+    put(folder, encoder=False)
+    saved = load().get_sd()
+    assert not any("encoder" in name for name in saved)
+    save(saved, folder / "mine.safetensors")
+    vae = load(name="mine.safetensors")
+    assert torch.equal(vae.decode(latent()), load(name="taesd_decoder.safetensors").decode(latent()))
+    with pytest.raises(RuntimeError, match=r"To encode it needs mine_encoder\.safetensors"):
+        vae.encode(pixels())
+
+
 # What it does
 
 
@@ -296,6 +308,27 @@ def test_a_video_decoder_alone_decodes(folder):
     assert vae.decode(torch.zeros(1, 16, 1, 4, 4)).isfinite().all()
     with pytest.raises(RuntimeError, match=r"Tiny VAE \(node 7\): taehv\.pth only decodes"):
         vae.encode(torch.rand(5, 32, 32, 3))
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("taehv", True), ("lighttaew2_1", False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_latents_are_scaled_by_the_file_and_not_by_the_type_of_its_weights(folder, name, scaled, dtype):
+    """The host tells the two apart by that."""
+    weights = {key: value.to(dtype) for key, value in video().items()}
+    save(weights, folder / f"{name}.safetensors")
+    form = latent_formats.HunyuanVideo if scaled else latent_formats.Wan21
+    module = TAEHV(latent_channels=16, latent_format=latent_formats.HunyuanVideo if scaled else None)
+    module.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
+    samples = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    decoded = load(of_format(form())).first_stage_model.decode(samples)
+    assert torch.allclose(decoded.float(), module.decode(samples), atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "name"), [("Wan21", "taehv"), ("HunyuanVideo", "lighttaew2_1"), ("Flux", "mine")])
+def test_a_video_file_of_another_model_is_refused(folder, form, name):
+    save(video(), folder / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors decodes the latents of a video model, other than this"):
+        load(of_format(getattr(latent_formats, form)()), f"{name}.safetensors")
 
 
 def test_a_video_file_that_lacks_layers_is_refused(folder):

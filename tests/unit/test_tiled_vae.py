@@ -237,7 +237,8 @@ def test_a_piece_of_weight_two_counts_as_two():
 def test_a_sample_counts_as_much_as_what_it_stands_for(height, width):
     """Each pixel at an edge once along it, and each of the others for the two that it stands for."""
     sample = sampled(Waiting(torch.arange(height * width).reshape(1, 1, height, width).float()), 2)
-    assert torch.equal(sample.values[0, 0, 0, :2], torch.tensor([width + 1.0, width + 3]))
+    assert torch.equal(sample.values[0, 0, 0, :5], torch.tensor([0.0, 1, 2, 4, 6]))
+    assert torch.equal(sample.values[0, 0, -2:, -1], torch.tensor([(height - 1.0) * width - 1, height * width - 1]))
     finer = sample.empty(1, 2)
     assert finer.weights.border == 4
     weights = torch.zeros(finer.whole.height, finer.whole.width)
