@@ -5,6 +5,8 @@ NODES: tuple[tuple[str, str], ...] = (
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
     ("compile_model", "SlipstreamCompileModel"),
+    ("sequential_offload", "SlipstreamSequentialOffload"),
+    ("stage_offload", "SlipstreamStageOffload"),
     ("compile_vae", "SlipstreamCompileVAE"),
     ("tiny_vae", "SlipstreamTinyVAE"),
     ("fp16_fix_vae", "SlipstreamFP16FixVAE"),

@@ -147,8 +147,12 @@ def _malloc_trim() -> Any:
 def take_off_device(models: Iterable[Any], device: torch.device) -> None:
     """Unload inner models: beside one of another variant, a model might be loaded in part only, and its
     memory could not be told from theirs."""
-    if device.type == "cpu":
-        return
+    if device.type != "cpu":
+        unload(models, device)
+
+
+def unload(models: Iterable[Any], device: torch.device) -> None:
+    """Have the host unload inner models from the device they are used on, and no others."""
     loaded = comfy.model_management.current_loaded_models
     unwanted = {id(model) for model in models}
     kept = [one for one in loaded if one.model is None or id(one.model.model) not in unwanted]

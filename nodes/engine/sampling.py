@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, Steps
-from . import artifacts, history, machine, models, verdicts
+from . import artifacts, budget, history, machine, models, verdicts
 from .guidance import HostGuidance
 from .plan import KEY, Entry, Plan, plan_of
 from .record import Record
@@ -57,6 +57,7 @@ def with_plan(model: Any, plan: Plan) -> Any:
     # The host appends wrappers: without this, two of our nodes would start the engine twice.
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    budget.put_on(clone)
     return clone
 
 
@@ -107,6 +108,7 @@ class SamplingRun:
         self.around_evaluation: MethodRun | None = None
         self.around_unet: MethodRun | None = None
         self.compiling: Any = None
+        self.memory: budget.Watch | None = None
         self.at_output_block: list[MethodRun] = []
         self.evaluation: Evaluation | None = None
         self.latent = torch.Size()
@@ -131,12 +133,20 @@ class SamplingRun:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
             self.methods.append(entry.config.begin(run))
+            if type(self.methods[-1]).load is not MethodRun.load:
+                self._load(self.methods[-1])
             if type(self.methods[-1]).compile is not MethodRun.compile:
                 self._compile(entry.config, self.methods[-1])
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.around_unet = next(iter(self._taking_part("unet")), None)
         self.at_output_block = self._taking_part("output_block")
         self._install()
+
+    def _load(self, method: MethodRun) -> None:
+        # Another pack's clone may be of a class of its own, and one without DynamicVRAM is of the host's.
+        budget.put_on(self.guider.model_patcher)
+        self.memory = budget.Watch(self.guider.model_patcher)
+        method.load(self.memory.look)
 
     def _compile(self, config: Any, method: MethodRun) -> None:
         # Here, since it needs torch's compiler and more of the host's internals than the rest.
@@ -183,6 +193,8 @@ class SamplingRun:
         if self.compiling is not None:
             self.compiling.end()
         self.record.end(error)
+        if self.memory is not None:
+            self.memory.end()
         self.publish()
         told = list(zip(self.plan.entries, self.lines(), strict=True))
         logger.info("Slipstream: %s", "; ".join(f"{entry.config.title}: {line.text}" for entry, line in told))
@@ -191,7 +203,7 @@ class SamplingRun:
         else:
             self.audience.hear(told)
         self.methods.clear()
-        self.evaluation = self.around_evaluation = self.around_unet = self.compiling = None
+        self.evaluation = self.around_evaluation = self.around_unet = self.compiling = self.memory = None
         self.at_output_block.clear()
 
     # The host's wrappers, outermost first.

@@ -188,6 +188,33 @@ class Compilation(Protocol):
         """All of it, for a user."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """How the host has a model's weights, at one moment.
+
+    Attributes:
+        size_mib: all of them.
+        resident_mib: those on the device that the model is used on.
+        layers: how many layers have weights.
+        resident_layers: those whose weights are on that device.
+        device: its name, such as ``cuda:0``.
+        is_kept_there: whether that is also where weights wait that are not in use.
+        is_dynamic: whether the host brings weights to it as they are used, by itself.
+        streams: how many weights can be on their way while the device computes; 0 if it waits for each.
+        peak_mib: the most in use on the device since the run began; None if it does not tell.
+    """
+
+    size_mib: float
+    resident_mib: float
+    layers: int
+    resident_layers: int
+    device: str
+    is_kept_there: bool = False
+    is_dynamic: bool = False
+    streams: int = 0
+    peak_mib: float | None = None
+
+
 class MethodRun:
     """A method during one run. Override the points it takes part in; the engine installs no others."""
 
@@ -201,6 +228,10 @@ class MethodRun:
 
     def output_block(self, evaluation: Evaluation, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Before an output block joins the features `h` (B, C, H, W) and the skip (B, C', H, W)."""
+        raise NotImplementedError
+
+    def load(self, look: Callable[[], Loaded]) -> None:
+        """Once, when the run begins, before the model is loaded. `look` tells how it is loaded by then."""
         raise NotImplementedError
 
     def compile(self, compilation: Compilation) -> None:

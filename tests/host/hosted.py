@@ -32,6 +32,13 @@ METHODS = {name: NODES[name] for file, name in importlib.import_module(f"{PACK}.
 """Those that put a method on a model."""
 
 
+def orders() -> list[tuple[str, ...]]:
+    """Orders of wiring: each method stands at each place, and each pair both ways round."""
+    names = tuple(METHODS)
+    turned = [names[i:] + names[:i] for i in range(len(names))]
+    return turned + [order[::-1] for order in turned]
+
+
 def prompt(patcher: ModelPatcher, seed: int, tokens: int = 8, batch: int = 1, **values: Any) -> list[Any]:
     """A CONDITIONING, as CLIPTextEncode makes it, of the model's width."""
     config = patcher.model.model_config.unet_config
