@@ -5,6 +5,8 @@ NODES: tuple[tuple[str, str], ...] = (
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
     ("compile_model", "SlipstreamCompileModel"),
+    ("precision", "SlipstreamPrecision"),
+    ("attention_backend", "SlipstreamAttention"),
     ("sequential_offload", "SlipstreamSequentialOffload"),
     ("stage_offload", "SlipstreamStageOffload"),
     ("compile_vae", "SlipstreamCompileVAE"),

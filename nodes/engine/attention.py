@@ -8,6 +8,7 @@ this call, is what is used. Nothing of it is part of a graph, so nothing of it c
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from comfy.ldm.modules import attention as host
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
+
+from ..methods.method import Attention
 
 Kinds = tuple[str, ...]
 
@@ -63,6 +66,49 @@ def described(options: dict[str, Any]) -> str:
         return "patched"
     replacements = options.get("patches_replace") or {}
     return " and ".join(f"{which} replaced" for which in ("attn1", "attn2") if replacements.get(which)) or "plain"
+
+
+class Override:
+    """A method's attention in the host's only slot for one. What another node had there stays around it.
+
+    Args:
+        attend: takes the place of the host's attention.
+        before: what was in the slot: a function of the attention that it replaces, and its arguments.
+    """
+
+    def __init__(self, attend: Callable[[Attention], torch.Tensor], before: Callable[..., torch.Tensor] | None):
+        self.attend = attend
+        self.before = before
+
+    def __call__(self, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        @functools.wraps(function)
+        def ours(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            heads: int,
+            mask: torch.Tensor | None = None,
+            attn_precision: torch.dtype | None = None,
+            skip_reshape: bool = False,
+            skip_output_reshape: bool = False,
+            **more: Any,
+        ) -> torch.Tensor:
+            name = getattr(function, "__name__", "other").removeprefix("attention_")
+            host = functools.partial(
+                function, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **more
+            )
+            scale, has_fewer = more.get("scale"), bool(more.get("enable_gqa"))
+            return self.attend(
+                Attention(q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host)
+            )
+
+        return ours(*args, **kwargs) if self.before is None else self.before(ours, *args, **kwargs)
+
+
+def is_overridden(options: dict[str, Any]) -> bool:
+    """Whether another node has put its own attention into these options."""
+    override = options.get(OVERRIDE)
+    return override is not None and not (isinstance(override, Override) and override.before is None)
 
 
 def _replacement(replacements: dict[str, Any], which: str, options: dict[str, Any]) -> Any:

@@ -182,7 +182,7 @@ class CompiledUNetCall:
             return "hooks change the weights within the run"
         if call.kwargs and any(value is not None for value in call.kwargs.values()):
             return "the model is given further inputs"
-        if attention.OVERRIDE in call.options:
+        if attention.is_overridden(call.options):
             return "another node overrides its attention"
         for name in ("patches", "patches_replace"):
             found = sorted(kind for kind, entries in (call.options.get(name) or {}).items() if entries)
@@ -229,7 +229,7 @@ class CompiledUNetCall:
         is_alone = not call.options.get("patches") and not call.options.get("patches_replace")
         if step != "full" or not is_alone or call.control is not None or not self.compiler.is_untimed:
             return
-        if attention.OVERRIDE in call.options or call.has_wrappers_inside:
+        if attention.is_overridden(call.options) or call.has_wrappers_inside:
             return
         seconds = []
         for _ in range(1 + STEADY_CALLS):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..methods.method import Configuration
 
-METHODS = ("sequential_offload", "compile_model", "cfg_cutoff", "deepcache", "freeu")
+METHODS = ("sequential_offload", "precision", "attention_backend", "compile_model", "cfg_cutoff", "deepcache", "freeu")
 
 
 def rank(config: Configuration) -> int:

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ class SamplingRun:
         self.methods: list[MethodRun] = []
         self.around_evaluation: MethodRun | None = None
         self.around_unet: MethodRun | None = None
+        self.around_model: list[MethodRun] = []
+        # By the id of the host's model: several on several GPUs.
+        self.host_models: dict[int, Any] = {}
         self.compiling: Any = None
         self.memory: budget.Watch | None = None
         self.at_output_block: list[MethodRun] = []
@@ -139,6 +143,7 @@ class SamplingRun:
                 self._compile(entry.config, self.methods[-1])
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.around_unet = next(iter(self._taking_part("unet")), None)
+        self.around_model = self._taking_part("apply_model")
         self.at_output_block = self._taking_part("output_block")
         self._install()
 
@@ -205,6 +210,8 @@ class SamplingRun:
         self.methods.clear()
         self.evaluation = self.around_evaluation = self.around_unet = self.compiling = self.memory = None
         self.at_output_block.clear()
+        self.around_model.clear()
+        self.host_models.clear()
 
     # The host's wrappers, outermost first.
 
@@ -238,7 +245,32 @@ class SamplingRun:
             self.record.predictions += conditions
             if self.evaluation is not None:
                 self.evaluation.predictions += conditions
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        host_model = self._host_model(executor.class_obj)
+        if host_model is None:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        from .model_call import HostModelCall
+
+        call = HostModelCall(host_model, options)
+        run = lambda: executor(x, t, c_concat, c_crossattn, control, call.options, **kwargs)  # noqa: E731
+        for method in reversed(self.around_model):
+            run = partial(method.apply_model, call, run)
+        return run()
+
+    def _host_model(self, model: Any) -> Any:
+        """What methods that stand around it keep of a model in this run; None if none does."""
+        if not self.around_model or self.evaluation is None:
+            return None
+        # A guider may run a second, other model under the first one's options (DualModelGuider).
+        copies = self.guider.model_options.get("multigpu_clones", {}).values()
+        if not any(model is patcher.model for patcher in (self.guider.model_patcher, *copies)):
+            return None
+        # Here, since it uses more of the host's internals than the rest: if they change, these methods alone fail.
+        from .model_call import HostModel
+
+        with self.lock:
+            if id(model) not in self.host_models:
+                self.host_models[id(model)] = HostModel(model)
+            return self.host_models[id(model)]
 
     def diffusion_model(
         self, executor: Any, x: Any, timesteps: Any = None, context: Any = None, y: Any = None, control: Any = None,

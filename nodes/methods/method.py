@@ -9,12 +9,15 @@ callables are handed in.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Phase = Literal["load", "weights", "compile", "evaluate"]
@@ -156,6 +159,82 @@ class Guidance(Protocol):
         """The positive prediction, (B, C, H, W), with nothing else evaluated."""
 
 
+@dataclass
+class Made:
+    """What a run made of a model's weights; the weights themselves stay as they are.
+
+    Attributes:
+        modules: how many modules it serves.
+        extra_bytes: memory that it takes beside the weights.
+        left: how many more modules could have it but go on as they are, by the reason.
+    """
+
+    modules: int = 0
+    extra_bytes: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of attention inside the model.
+
+    Attributes:
+        q: (B, tokens, heads * width); or, if `is_split`, (B, heads, tokens, width).
+        k: likewise, over the tokens attended to; its heads may be fewer.
+        v: likewise.
+        heads: of q.
+        mask: True or 0 where attention is paid, False or a negative number where not; of shape
+            (..., tokens of q, tokens of k); None for everywhere.
+        is_split: whether the heads have a dimension of their own.
+        keeps_split: whether they are to have one in the output too.
+        scale: factor of the products; None for the usual one.
+        has_fewer_kv_heads: whether k and v may have fewer heads than q.
+        host_name: what the host calls its own attention, such as ``sub_quad`` or ``pytorch``.
+        host: the host's own attention on all of this.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    mask: Tensor | None
+    is_split: bool
+    keeps_split: bool
+    scale: float | None
+    has_fewer_kv_heads: bool
+    host_name: str
+    host: Callable[[], Tensor]
+
+
+class ModelCall(Protocol):
+    """One call of the model: one batch of conditions. Its weights are loaded, its inputs not yet cast."""
+
+    @property
+    def device(self) -> str:
+        """The torch device type that it runs on."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the host computes in."""
+
+    @property
+    def is_attention_overridden(self) -> bool:
+        """Whether another node has put its own attention on this model."""
+
+    @property
+    def has_self_attention_patches(self) -> bool:
+        """Whether other nodes change or replace what self-attention is given."""
+
+    def computing_in(self, dtype: torch.dtype, layout: torch.memory_format | None) -> AbstractContextManager[Made]:
+        """Computes the call in another dtype, and its convolutions in another memory format."""
+
+    def attending(self, attend: Callable[[Attention], Tensor]) -> AbstractContextManager[None]:
+        """Puts `attend` in the place of the host's attention."""
+
+    def fusing_qkv(self) -> AbstractContextManager[Made]:
+        """Gives each self-attention one projection for q, k and v, in place of three."""
+
+
 class UNetCall(Protocol):
     """One call of the UNet: one batch of conditions."""
 
@@ -220,6 +299,10 @@ class MethodRun:
 
     def predict_noise(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
         """Around one evaluation. Returns the denoised latent."""
+        raise NotImplementedError
+
+    def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
+        """Around one call of the model, of any architecture. Returns what `run` does: the denoised latent."""
         raise NotImplementedError
 
     def unet(self, evaluation: Evaluation, call: UNetCall) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import comfy.hooks
 import comfy.sample
 import comfy.samplers
 import torch
@@ -32,11 +33,11 @@ METHODS = {name: NODES[name] for file, name in importlib.import_module(f"{PACK}.
 """Those that put a method on a model."""
 
 
-def orders() -> list[tuple[str, ...]]:
-    """Orders of wiring: each method stands at each place, and each pair both ways round."""
-    names = tuple(METHODS)
-    turned = [names[i:] + names[:i] for i in range(len(names))]
-    return turned + [order[::-1] for order in turned]
+def orders() -> list[list[str]]:
+    """Orders of the methods' nodes: each method once at each place, both ways round."""
+    names = list(METHODS)
+    rotations = [names[first:] + names[:first] for first in range(len(names))]
+    return [*rotations, *(order[::-1] for order in rotations)]
 
 
 def prompt(patcher: ModelPatcher, seed: int, tokens: int = 8, batch: int = 1, **values: Any) -> list[Any]:
@@ -152,6 +153,31 @@ def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> Mod
     clone = patcher.clone()
     assert len(clone.add_patches(patches, strength)) == len(patches) > 0
     return clone
+
+
+def hooked_prompt(patcher: ModelPatcher, strengths: dict[float, float] | None = None) -> list[Any]:
+    """A CONDITIONING with a LoRA of its own, which the host patches in for it alone, between two calls of the model.
+
+    Args:
+        strengths: of the LoRA, by the fraction of the timesteps from which each holds; None for 1 throughout.
+    """
+    generator, weights = torch.Generator().manual_seed(4), {}
+    for key, weight in patcher.model_state_dict("diffusion_model.").items():
+        if key.endswith(("to_q.weight", "to_k.weight")):
+            name = key.removesuffix(".weight")
+            weights[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator) * 0.3
+            weights[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) * 0.3
+    hooks = comfy.hooks.create_hook_lora(weights, 1.0, 1.0)
+    if strengths is not None:
+        frames = comfy.hooks.HookKeyframeGroup()
+        for start, strength in strengths.items():
+            frames.add(comfy.hooks.HookKeyframe(strength, start_percent=start))
+        hooks.set_keyframes_on_hooks(frames)
+    return prompt(patcher, 10, hooks=hooks)
+
+
+def relative_error(image: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((image - expected).norm() / expected.norm())
 
 
 def add_core_freeu(patcher: ModelPatcher, name: str = "FreeU_V2", **values: float) -> ModelPatcher:

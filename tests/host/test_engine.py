@@ -14,12 +14,25 @@ import pytest
 import torch
 from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
-from hosted import METHODS, PlantedError, add_core_freeu, add_lora, controlnet, prompt, run_node, sample, with_control
+from hosted import (
+    METHODS,
+    PlantedError,
+    add_core_freeu,
+    add_lora,
+    controlnet,
+    orders,
+    prompt,
+    run_node,
+    sample,
+    with_control,
+)
 
 ON = {
     "SlipstreamDeepCache": {"cache_interval": 2},
     "SlipstreamCFGCutoff": {"cutoff": 0.5},
     "SlipstreamFreeU": {"preset": "SD 1.5"},
+    "SlipstreamPrecision": {"compute_dtype": "bf16"},
+    "SlipstreamAttention": {"backend": "math", "fuse_qkv": True},
     "SlipstreamCompileModel": {"backend": {"backend": "eager"}},
     "SlipstreamSequentialOffload": {"budget_mib": 0},
 }
@@ -27,17 +40,22 @@ OFF = {
     "SlipstreamDeepCache": {"cache_interval": 1},
     "SlipstreamCFGCutoff": {"cutoff": 1.0},
     "SlipstreamFreeU": {"preset": "custom", "b1": 1.0, "b2": 1.0, "s1": 1.0, "s2": 1.0},
+    "SlipstreamAttention": {"backend": "host", "fuse_qkv": False},
 }
 OTHER = {
     "SlipstreamDeepCache": {"cache_interval": 3},
     "SlipstreamCFGCutoff": {"cutoff": 0.25},
     "SlipstreamFreeU": {"preset": "SDXL"},
+    "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
+    "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
     "SlipstreamCompileModel": {"backend": {"backend": "eager", "scope": "model"}},
     "SlipstreamSequentialOffload": {"budget_mib": 512},
 }
 EXACT = {"SlipstreamCompileModel", "SlipstreamSequentialOffload"}
 """They leave the image as it is: dynamo's graphs, run as they are, have the eager bits, and so have weights that come
 as they are used."""
+NEVER_OFF = {"SlipstreamCompileModel", "SlipstreamPrecision", "SlipstreamSequentialOffload"}
+"""They have no settings that do nothing."""
 
 every_node = pytest.mark.parametrize("name", list(METHODS))
 
@@ -49,7 +67,7 @@ def wire(patcher, *names, start=1):
 
 
 def test_every_node_is_tested_here():
-    assert set(METHODS) == set(ON) == set(OFF) | EXACT == set(OTHER)
+    assert set(METHODS) == set(ON) == set(OFF) | NEVER_OFF == set(OTHER)
 
 
 @every_node
@@ -138,7 +156,7 @@ def test_every_order_gives_the_same_bits_above_and_below_other_nodes(surrounding
         control = controlnet(model)
         positive, negative = (with_control(prompt(model, seed), control, both=True) for seed in (10, 11))
     images = []
-    for place, order in enumerate(hosted.orders()):
+    for place, order in enumerate(orders()):
         below = place % (len(order) + 1)
         patcher = wire(model, *order[:below])
         for other in others:

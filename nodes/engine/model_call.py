@@ -1,0 +1,106 @@
+"""One call of the host's model: in another dtype, with another attention or joined projections, for that call alone.
+
+What is made of the weights is made in the first call of a run, when the host has loaded and patched them, and dropped
+with the run. It takes their place during each call and is taken out after it: between calls the host finds its own
+weights, which it may patch (hooks), move, or hand to other models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+
+from ..methods.method import Attention, Made
+from . import attention
+from .weights import Casts, FusedQKV
+
+SELF_ATTENTION = ("attn1_patch", "attn1")
+"""The patch and the replacement that change what self-attention is given."""
+
+
+class HostModel:
+    """One of the host's models during one run.
+
+    Args:
+        model: BaseModel, loaded.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.module: torch.nn.Module = model.diffusion_model
+        self.device: torch.device = model.current_patcher.load_device
+        # What hooks on conditionings may patch between two calls.
+        keys = {key for patches in model.current_patcher.hook_patches.values() for key in patches}
+        self.hooked = {str(key).removeprefix("diffusion_model.") for key in keys}
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What was made under this key, now or earlier in the run."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+class HostModelCall:
+    """`methods.method.ModelCall` over the host's BaseModel.
+
+    Args:
+        host: the model.
+        options: the host's transformer options for this call; not written to.
+    """
+
+    def __init__(self, host: HostModel, options: dict[str, Any]):
+        self._host = host
+        self.options = options
+
+    @property
+    def device(self) -> str:
+        return self._host.device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        model = self._host.model
+        dtype: torch.dtype = model.manual_cast_dtype or model.get_dtype()
+        return dtype
+
+    @property
+    def is_attention_overridden(self) -> bool:
+        return attention.is_overridden(self.options)
+
+    @property
+    def has_self_attention_patches(self) -> bool:
+        patch, replacement = SELF_ATTENTION
+        patches, replacements = self.options.get("patches") or {}, self.options.get("patches_replace") or {}
+        return bool(patches.get(patch) or replacements.get(replacement))
+
+    @contextlib.contextmanager
+    def computing_in(self, dtype: torch.dtype, layout: torch.memory_format | None) -> Iterator[Made]:
+        host = self._host
+        casts = host.once((Casts, dtype, layout), lambda: Casts(host.module, host.device, host.hooked, dtype, layout))
+        before = host.model.manual_cast_dtype
+        try:
+            # By it the host casts everything that goes into the model.
+            host.model.manual_cast_dtype = dtype
+            with casts.installed():
+                yield casts.made
+        finally:
+            host.model.manual_cast_dtype = before
+
+    @contextlib.contextmanager
+    def attending(self, attend: Callable[[Attention], torch.Tensor]) -> Iterator[None]:
+        before = self.options
+        try:
+            self.options = {**before, attention.OVERRIDE: attention.Override(attend, before.get(attention.OVERRIDE))}
+            yield
+        finally:
+            self.options = before
+
+    @contextlib.contextmanager
+    def fusing_qkv(self) -> Iterator[Made]:
+        host = self._host
+        fused = host.once(FusedQKV, lambda: FusedQKV(host.module, host.device, host.hooked))
+        with fused.installed():
+            yield fused.made

@@ -1,0 +1,240 @@
+"""A model's weights in another form, for the calls of one run: cast, laid out otherwise, or joined."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.ldm.modules import attention as host
+from torch import nn
+
+from ..methods.method import Made
+
+
+def kept_as_is(module: nn.Module, device: torch.device) -> str | None:
+    """Why only the host can use a module's weights, as it does each time they are needed; None if they may be used
+    as they are."""
+    if hasattr(module, "_v"):
+        return "DynamicVRAM brings them to the device as they are used"
+    if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+        return "they are patched as they are used, since the model is loaded in part only"
+    for weight in module.parameters(recurse=False):
+        if weight.device.type != device.type:
+            return "they are offloaded, since the model is loaded in part only"
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+            return f"they are kept as {str(weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    return weight.numel() * weight.element_size()
+
+
+@dataclass
+class _Copy:
+    """A weight's stand-in."""
+
+    module: nn.Module
+    name: str
+    is_hooked: bool
+    dtype: torch.dtype
+    layout: torch.memory_format
+    original: nn.Parameter
+    weight: nn.Parameter
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """As the weight is now: a hook may have patched it, or the host put another in its place."""
+        current: Any = self.module._parameters[self.name]
+        if current is not self.original:
+            self.original = current
+            self.weight = _cast(current, self.dtype, self.layout)
+        elif self.is_hooked:
+            self.weight.copy_(current)
+
+
+def _cast(weight: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format) -> nn.Parameter:
+    """A weight of this dtype and layout; of the same memory if it is that already."""
+    return nn.Parameter(weight.detach().to(dtype=dtype, memory_format=layout), requires_grad=False)
+
+
+class Casts:
+    """The weights of a model that computes in another dtype or layout.
+
+    On a CPU they are cast once, as casting takes as long there as computing with them. Elsewhere memory is scarcer: the
+    host casts them at each use, as it does for a model that is loaded in another dtype than it computes in.
+
+    Args:
+        module: the diffusion model, its weights loaded and patched.
+        device: where it runs.
+        hooked: names of weights that hooks may patch between two calls.
+        dtype: what it is to compute in.
+        layout: memory format of convolutions' weights, which decides that of their results; None leaves them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        hooked: Collection[str],
+        dtype: torch.dtype,
+        layout: torch.memory_format | None,
+    ):
+        self.made = Made()
+        self._copies: list[_Copy] = []
+        self._cast_by_host: list[nn.Module] = []
+        for path, inner in module.named_modules():
+            # Whatever is none of the host's operations casts its weights by itself: the host demands it of them.
+            if not hasattr(inner, "comfy_cast_weights") or not inner._parameters:
+                continue
+            why = kept_as_is(inner, device)
+            if why is None:
+                self._add(path, inner, hooked, dtype if device.type == "cpu" else None, layout)
+                if device.type == "cpu":
+                    continue
+                why = "a GPU is fast at it"
+            if any(weight.dtype != dtype for weight in inner.parameters(recurse=False)):
+                self._cast_by_host.append(inner)
+                self.made.left[why] += 1
+
+    @torch.no_grad()
+    def _add(
+        self,
+        path: str,
+        module: nn.Module,
+        hooked: Collection[str],
+        dtype: torch.dtype | None,
+        layout: torch.memory_format | None,
+    ) -> None:
+        before = len(self._copies)
+        for name, weight in module.named_parameters(recurse=False):
+            target = weight.dtype if dtype is None else dtype
+            form = layout if layout is not None and weight.ndim == 4 else torch.preserve_format
+            cast = _cast(weight, target, form)
+            if cast.data_ptr() != weight.data_ptr():
+                self._copies.append(_Copy(module, name, f"{path}.{name}" in hooked, target, form, weight, cast))
+                self.made.extra_bytes += _bytes(cast)
+        self.made.modules += len(self._copies) > before
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """They take the weights' places."""
+        # A call inside a call, as a wrapper may make it, finds them there.
+        copies = [copy for copy in self._copies if copy.module._parameters[copy.name] is not copy.weight]
+        for copy in copies:
+            copy.follow()
+        flags = [(module, module.__dict__.get("comfy_cast_weights")) for module in self._cast_by_host]
+        try:
+            for copy in copies:
+                copy.module._parameters[copy.name] = copy.weight
+            for module, _ in flags:
+                module.__dict__["comfy_cast_weights"] = True
+            yield
+        finally:
+            for copy in copies:
+                copy.module._parameters[copy.name] = copy.original
+            for module, flag in flags:
+                if flag is None:
+                    del module.__dict__["comfy_cast_weights"]
+                else:
+                    module.__dict__["comfy_cast_weights"] = flag
+
+
+class FusedSelfAttention(host.CrossAttention):
+    """The host's self-attention with one projection for q, k and v.
+
+    Where another node gives k or v something else than q, or calls the three by themselves, it is what it was.
+    """
+
+    def __init__(self, separate: Any):
+        nn.Module.__init__(self)
+        self.heads = separate.heads
+        self.dim_head = separate.dim_head
+        self.attn_precision = separate.attn_precision
+        self.to_q, self.to_k, self.to_v = separate.to_q, separate.to_k, separate.to_v
+        self.to_out = separate.to_out
+        self.qkv = nn.Parameter(torch.cat(self._separate_weights()), requires_grad=False)
+
+    def _separate_weights(self) -> list[torch.Tensor]:
+        return [layer.weight.detach() for layer in (self.to_q, self.to_k, self.to_v)]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The three weights as they are now."""
+        torch.cat(self._separate_weights(), out=self.qkv)
+
+    def forward(self, x: Any, context: Any = None, value: Any = None, mask: Any = None, transformer_options: Any = {}):  # noqa: B006
+        if (context is not None and context is not x) or (value is not None and value is not x):
+            return super().forward(x, context, value, mask, transformer_options)
+        # Cast where the host casts at each use.
+        q, k, v = nn.functional.linear(x, self.qkv.to(x.dtype)).chunk(3, dim=-1)
+        options = {"attn_precision": self.attn_precision, "transformer_options": transformer_options}
+        if mask is None:
+            return self.to_out(host.optimized_attention(q, k, v, self.heads, **options))
+        return self.to_out(host.optimized_attention_masked(q, k, v, self.heads, mask, **options))
+
+
+class FusedQKV:
+    """The self-attentions of a UNet, each with one projection for q, k and v.
+
+    Args:
+        module: the UNet, its weights loaded, patched and as they are in a call.
+        device: where it runs.
+        hooked: names of weights that hooks may patch between two calls.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, hooked: Collection[str]):
+        self.made = Made()
+        self._fused: list[tuple[nn.Module, nn.Module, FusedSelfAttention, bool]] = []
+        for path, block in module.named_modules():
+            if not isinstance(block, host.BasicTransformerBlock) or block.disable_self_attn:
+                continue
+            why = _not_fused(block.attn1, device)
+            if why is not None:
+                self.made.left[why] += 1
+                continue
+            with torch.no_grad():
+                fused = FusedSelfAttention(block.attn1)
+            is_hooked = any(f"{path}.attn1.to_{name}.weight" in hooked for name in "qkv")
+            self._fused.append((block, block.attn1, fused, is_hooked))
+            self.made.modules += 1
+            self.made.extra_bytes += _bytes(fused.qkv)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """They take the self-attentions' places."""
+        entries = [entry for entry in self._fused if entry[0]._modules["attn1"] is entry[1]]
+        try:
+            for block, _, fused, is_hooked in entries:
+                if is_hooked:
+                    fused.follow()
+                block._modules["attn1"] = fused
+            yield
+        finally:
+            for block, separate, _, _ in entries:
+                block._modules["attn1"] = separate
+
+
+def _not_fused(module: Any, device: torch.device) -> str | None:
+    """Why a self-attention keeps its three projections; None if it may have one."""
+    layers = (getattr(module, "to_q", None), getattr(module, "to_k", None), getattr(module, "to_v", None))
+    if type(module) is not host.CrossAttention or "forward" in module.__dict__:
+        return "another node replaced their code"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "another node has a hook on them"
+    weights: list[torch.Tensor] = []
+    for layer in layers:
+        if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__ or layer.bias is not None:
+            return "another node replaced their projections"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "another node has a hook in their projections"
+        why = kept_as_is(layer, device)
+        if why is not None:
+            return f"of their weights, {why}"
+        weights.append(layer.weight)
+    if len({(weight.dtype, weight.shape[1]) for weight in weights}) > 1 or len({w.shape[0] for w in weights}) > 1:
+        return "their projections have different shapes"
+    return None

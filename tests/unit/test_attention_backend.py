@@ -1,0 +1,254 @@
+"""Attention Backend without a host: each kernel against float64, what it falls back from, and what it tells."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from slipstream_pack.nodes.methods import attention_backend
+from slipstream_pack.nodes.methods.attention_backend import BACKENDS, KERNELS, AttentionBackend, NoKernelError, attend
+from slipstream_pack.nodes.methods.method import Attention, Made, Model, Run, Steps
+from torch.nn.attention import _cur_sdpa_kernel_backends as enabled
+
+CPU_KERNELS = ("flash", "math")
+"""Those that PyTorch has on a CPU."""
+MIB = 2**20
+
+
+def tensor(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def attention(
+    heads=2, width=8, tokens=12, context=None, mask=None, is_split=False, keeps_split=False, scale=None,
+    kv_heads=None, dtype=torch.float32, host_name="sub_quad", batch=2,
+):  # fmt: skip
+    def made(count, length, seed):
+        whole = tensor(batch, length, count * width, dtype=dtype, seed=seed)
+        return whole.unflatten(-1, (count, width)).transpose(1, 2) if is_split else whole
+
+    context = context or tokens
+    q, k, v = (
+        made(heads, tokens, 1),
+        *(made(kv_heads or heads, context, seed) for seed in (2, 3)),
+    )
+    host = lambda: torch.full((1,), 7.0)  # noqa: E731
+    return Attention(q, k, v, heads, mask, is_split, keeps_split, scale, kv_heads is not None, host_name, host)
+
+
+def in_float64(call):
+    """softmax(q k' / sqrt(width) + mask) v, by hand."""
+    width = call.q.shape[-1] if call.is_split else call.q.shape[-1] // call.heads
+    q, k, v = (
+        t.double() if call.is_split else t.double().unflatten(-1, (-1, width)).transpose(1, 2)
+        for t in (call.q, call.k, call.v)
+    )
+    k, v = (t.repeat_interleave(call.heads // t.shape[1], 1) for t in (k, v))
+    products = torch.einsum("bhqc,bhkc->bhqk", q, k) * (call.scale or width**-0.5)
+    if call.mask is not None:
+        mask = call.mask if call.mask.ndim != 3 else call.mask[:, None]
+        products = products.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else products + mask.double()
+    out = torch.einsum("bhqk,bhkc->bhqc", products.softmax(-1), v)
+    return out if call.keeps_split else out.transpose(1, 2).flatten(2)
+
+
+MASKS = {
+    "none": None,
+    "bool": (tensor(12, 12) > 0) | torch.eye(12, dtype=torch.bool),
+    "2-D": tensor(12, 12),
+    "3-D": tensor(2, 12, 12),
+    "4-D": tensor(2, 2, 12, 12),
+}
+
+# max abs error of outputs near 1, against float64 on the same rounded inputs
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mask", list(MASKS))
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, None])
+def test_each_kernel_against_float64(kernel, mask, dtype):
+    mask = MASKS[mask]
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    call = attention(mask=mask, dtype=dtype)
+    out = attend(call, None if kernel is None else KERNELS[kernel])
+    assert out.dtype == dtype
+    assert (out.double() - in_float64(call)).abs().max() < BOUND[dtype]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"is_split": True},
+        {"is_split": True, "keeps_split": True},
+        {"keeps_split": True},
+        {"context": 7},
+        {"scale": 0.5},
+        {"heads": 4, "kv_heads": 2},
+        {"heads": 4, "kv_heads": 2, "is_split": True},
+        {"width": 40, "heads": 8, "tokens": 64},
+    ],
+    ids=str,
+)
+def test_every_way_in_which_the_host_calls_it(values):
+    call = attention(**values)
+    expected = in_float64(call)
+    out = attend(call, None)
+    assert out.shape == expected.shape
+    assert (out.double() - expected).abs().max() < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_a_kernel_that_is_not_there_leaves_the_choice_of_kernels_as_it_was(kernel):
+    before = enabled(with_priority=True)
+    with pytest.raises(NoKernelError):
+        attend(attention(), KERNELS[kernel])
+    assert enabled(with_priority=True) == before
+    attend(attention(), KERNELS["math"])
+    assert enabled(with_priority=True) == before
+
+
+def test_other_errors_are_not_taken_for_a_kernel_that_is_not_there(monkeypatch):
+    before = enabled()
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        attend(attention(), KERNELS["math"])
+    assert enabled() == before
+
+
+def test_threads_leave_the_choice_of_kernels_as_it_was():
+    before, call = enabled(), attention(tokens=256, heads=8, width=40)
+    threads = [threading.Thread(target=lambda: [attend(call, KERNELS["math"]) for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert enabled() == before
+
+
+# A run
+
+
+class Call:
+    is_attention_overridden = False
+    has_self_attention_patches = False
+
+    def __init__(self, made=None):
+        self.attend, self.made, self.is_fused = None, made or Made(), False
+
+    @contextlib.contextmanager
+    def attending(self, attend):
+        self.attend = attend
+        yield
+
+    @contextlib.contextmanager
+    def fusing_qkv(self):
+        self.is_fused = True
+        yield self.made
+
+
+def begin(backend="auto", fuse_qkv=False):
+    model = Model("SD15", "SD1", 4, 12, 25)
+    return AttentionBackend(backend, fuse_qkv).begin(Run(model, Steps((1.0, 0.0)), lambda percent: 1.0))
+
+
+def run_with(run, *attentions, call=None):
+    call = call or Call()
+
+    def model():
+        return [call.attend(each) for each in attentions]
+
+    return run.apply_model(call, model)
+
+
+def test_settings():
+    with pytest.raises(ValueError, match="backend must be one of auto, flash, efficient, cudnn, math, host"):
+        AttentionBackend("sage")
+    assert AttentionBackend("host").off() == "backend is host, and fuse_qkv is off"
+    assert not any(AttentionBackend(name).off() for name in BACKENDS if name != "host")
+    assert AttentionBackend("host", True).off() is None
+    flux = Model("Flux", None, None, 0, 0)
+    AttentionBackend("flash").check(flux)
+    with pytest.raises(RuntimeError, match=r"with fuse_qkv.*Flux.*Turn fuse_qkv off"):
+        AttentionBackend("flash", True).check(flux)
+
+
+def test_auto_takes_the_place_of_what_is_no_kernel_alone():
+    run = begin()
+    slow, fast = attention(host_name="split"), attention(host_name="pytorch")
+    first, second = run_with(run, slow, fast)
+    assert torch.equal(first, attend(slow, None))
+    assert torch.equal(second, fast.host())
+    assert run.verdict() == (
+        "active",
+        "PyTorch's choice of kernel in 1 of 2 attention calls; the host's own (pytorch) in 1, which is a kernel "
+        "already",
+    )
+
+
+def test_a_kernel_that_is_not_there_falls_back_once_counted_and_told(monkeypatch):
+    run, tried, real = begin("cudnn"), [], attention_backend.attend
+    monkeypatch.setattr(attention_backend, "attend", lambda *args: tried.append(1) or real(*args))
+    call = attention()
+    assert all(torch.equal(out, call.host()) for out in run_with(run, call, call, call))
+    assert len(tried) == 1, "it is asked for once for each shape"
+    run_with(run, attention(mask=MASKS["bool"]))
+    assert run.verdict() == (
+        "inert",
+        "the cudnn kernel in 0 of 4 attention calls; "
+        "the host's own (sub_quad) in 3, since cudnn does not serve float32 heads 8 wide on this cpu device; "
+        "the host's own (sub_quad) in 1, since cudnn does not serve float32 heads 8 wide with a mask on this cpu "
+        "device",
+    )
+
+
+def test_where_it_serves_it_runs(monkeypatch):
+    run = begin("math")
+    call = attention(host_name="pytorch")
+    assert torch.equal(run_with(run, call)[0], attend(call, KERNELS["math"]))
+    assert run.verdict() == ("active", "the math kernel in 1 of 1 attention calls")
+
+
+def test_devices_and_batches_that_no_kernel_can_be_chosen_for(monkeypatch):
+    monkeypatch.setattr(attention_backend, "CHOOSING", ("cuda",))
+    run = begin("math")
+    run_with(run, attention())
+    assert "since on cpu PyTorch lets none be chosen" in run.verdict()[1]
+    monkeypatch.setattr(attention_backend, "MAX_BATCH", 1)
+    run = begin()
+    run_with(run, attention())
+    assert "since auto takes no batches above 1" in run.verdict()[1]
+
+
+def test_nothing_to_do_is_told_with_the_reason():
+    assert begin().verdict() == ("inert", "changed nothing: the model was not called")
+    run = begin()
+    run_with(run)
+    assert run.verdict() == ("inert", "this model asks for no attention that can be overridden")
+    run, call = begin(), Call()
+    call.is_attention_overridden = True
+    run_with(run, call=call)
+    assert run.verdict() == ("inert", "another node overrides attention and leaves nothing to this one")
+
+
+def test_fusing_is_told_with_what_it_takes_and_what_was_left():
+    made = Made(modules=15, extra_bytes=3 * MIB)
+    made.left["another node replaced their code"] = 1
+    run, call = begin("host", True), Call(made)
+    call.has_self_attention_patches = True
+    run.apply_model(call, lambda: None)
+    run.apply_model(call, lambda: None)
+    assert call.is_fused
+    assert call.attend is None
+    assert run.verdict() == (
+        "active",
+        "one projection for q, k and v in 15 of 16 self-attentions, 3.0 MiB more memory until the run ends; "
+        "1 keep three: another node replaced their code; where another node changes what self-attention is given, it "
+        "had three",
+    )
