@@ -23,13 +23,10 @@ from loading import load_all
 from readme import described
 
 
-def full_size(family: str, dtype: Any) -> Any:
-    """A model of the real architecture with random weights."""
-    import comfy.model_management
+def architecture(family: str) -> Any:
+    """The host's configuration of a model of the real architecture."""
     import comfy.supported_models as families
     import small_models
-    import torch
-    from comfy.model_patcher import ModelPatcher
 
     unet, kind = {
         "sd15": ({**small_models.UNET, "model_channels": 320, "context_dim": 768}, families.SD15),
@@ -46,7 +43,16 @@ def full_size(family: str, dtype: Any) -> Any:
             families.SDXL,
         ),
     }[family]
-    config = kind(unet)
+    return kind(unet)
+
+
+def full_size(family: str, dtype: Any) -> Any:
+    """A model of the real architecture with random weights."""
+    import comfy.model_management
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    config = architecture(family)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, "", device=device)

@@ -9,6 +9,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("attention_backend", "SlipstreamAttention"),
     ("sequential_offload", "SlipstreamSequentialOffload"),
     ("stage_offload", "SlipstreamStageOffload"),
+    ("cpu", "SlipstreamCPU"),
     ("compile_vae", "SlipstreamCompileVAE"),
     ("tiny_vae", "SlipstreamTinyVAE"),
     ("fp16_fix_vae", "SlipstreamFP16FixVAE"),

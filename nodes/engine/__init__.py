@@ -6,7 +6,7 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 """
 
 from .models import describe
-from .node import add, backend_options, model_node, node_schema, option, percent_range, sampler_options
+from .node import add, backend_options, model_node, node_schema, option, percent_range, sampler_options, suggest
 from .plan import Plan, plan_of
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "percent_range",
     "plan_of",
     "sampler_options",
+    "suggest",
 ]

@@ -11,7 +11,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from ..methods.method import Found
 
 ATTACHMENT = "slipstream.artifacts"
 ORPHANED_S = 60.0
@@ -35,8 +37,18 @@ class Artifact:
         return self._module is None or self._module() is module
 
 
+_known: dict[Hashable, Any] = {}
 _made: weakref.WeakValueDictionary[tuple[int, Hashable], Artifact] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
+
+
+def once(key: Hashable, make: Callable[[], Found]) -> Found:
+    """What was found out under a key: once in this process, so that what is measured decides the same in each run."""
+    with _lock:
+        if key not in _known:
+            _known[key] = make()
+        found: Found = _known[key]
+        return found
 
 
 class Keeper:
@@ -55,6 +67,21 @@ class Keeper:
             if artifact not in self._held:
                 self._held.append(artifact)
             return artifact.value
+
+    def model_unloaded(self) -> None:
+        """Free what takes memory for speed alone."""
+        with _lock:
+            for artifact in self._held:
+                if isinstance(artifact.value, Releasable):
+                    artifact.value.release()
+
+
+@runtime_checkable
+class Releasable(Protocol):
+    """What can be made again."""
+
+    def release(self) -> None:
+        """Free it."""
 
 
 def _linger(held: list[Artifact]) -> None:

@@ -31,9 +31,12 @@ class UNetCompiling:
         patcher: the guider's ModelPatcher.
         keeper: holds what was compiled, for the next run.
         announce: told while something is compiled: graphs so far, and seconds.
+        has_operations: whether convolutions are called as an operation, which is then part of the graphs.
     """
 
-    def __init__(self, settings: Settings, patcher: Any, keeper: Keeper, announce: Announce):
+    def __init__(
+        self, settings: Settings, patcher: Any, keeper: Keeper, announce: Announce, has_operations: bool = False
+    ):
         self.settings = settings
         self.backend = backends.find(settings, patcher.load_device)
         self.tally = Tally(self.backend.name, "UNet call")
@@ -43,6 +46,7 @@ class UNetCompiling:
         self.downscale = getattr(patcher.model.latent_format, "spacial_downscale_ratio", 8)
         self._keeper = keeper
         self._announce = announce
+        self._has_operations = has_operations
         self._prepared: dict[int, Prepared] = {}
 
     def around(self, call: HostUNetCall) -> CompiledUNetCall:
@@ -52,7 +56,7 @@ class UNetCompiling:
         if prepared is None:
             # Dynamo's graphs take the module along with its inputs: all models of a kind share them.
             owner = None if self.backend.shares_graphs(self.settings) else unet
-            key = (self.settings, self.backend.name)
+            key = (self.settings, self.backend.name, self._has_operations)
             compiler = self._keeper.get(owner, key, lambda: Compiler(self.settings, self.backend))
             compiler.begin(self.tally, self._announce)
             compiler.follow(unet)

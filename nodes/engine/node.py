@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -157,7 +158,7 @@ def model_node(node_id: str, display_name: str, description: str, aliases: list[
     )
 
 
-def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: bool = False) -> io.NodeOutput:
+def add(node: type[io.ComfyNode], model: Any, config: Configuration) -> io.NodeOutput:
     """A node's output: the model with one more configuration in its plan.
 
     The model that came in is not touched. Settings that do nothing return that very model, and the
@@ -167,22 +168,41 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration, suggested: 
         node: the node class, as `execute` gets it, with the host's hidden inputs.
         model: ModelPatcher.
         config: the settings.
-        suggested: see `Entry`.
 
     Raises:
         ValueError: the settings do not fit the model, or the plan has the method with other ones.
         RuntimeError: the model cannot be served.
     """
-    source = node_of(node)
     off = config.off()
     if off is not None:
-        verdicts.publish_off(source, off)
-        return io.NodeOutput(model)
+        return pass_through(node, model, off)
+    return _add(model, [Entry(config, (node_of(node),))])
+
+
+def suggest(node: type[io.ComfyNode], model: Any, configs: list[Configuration]) -> io.NodeOutput:
+    """The output of a node that adds several methods: for each, a node of its own wins, wherever it is wired.
+
+    Args and errors as with `add`.
+    """
+    source = replace(node_of(node), has_several=True)
+    return _add(model, [Entry(config, (source,), suggested=True) for config in configs])
+
+
+def pass_through(node: type[io.ComfyNode], model: Any, why: str) -> io.NodeOutput:
+    """A node's output where it does nothing: the very model that came in. The node says why."""
+    verdicts.publish_off(node_of(node), why)
+    return io.NodeOutput(model)
+
+
+def _add(model: Any, entries: list[Entry]) -> io.NodeOutput:
+    (source,) = {node for entry in entries for node in entry.nodes}
+    plan = plan_of(model)
     try:
-        if config.phase == "compile":
-            model = machine.without_dynamic_vram(model, config.title)
-        config.check(models.describe(model, model.model_options))
-        plan = plan_of(model).adding(Entry(config, (source,), suggested))
+        for entry in entries:
+            if entry.config.phase == "compile":
+                model = machine.without_dynamic_vram(model, entry.config.title)
+            entry.config.check(models.describe(model, model.model_options))
+            plan = plan.adding(entry)
     except (ValueError, RuntimeError) as error:
         # Else the success of an earlier run would stay on the node.
         verdicts.publish_refused(source, error)

@@ -6,7 +6,7 @@ does is on the model but one wrapper, the same for every model, that starts the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..methods.method import Configuration
@@ -22,12 +22,13 @@ class Node:
     Attributes:
         id: its id in the graph on display (``7``, or ``12:7`` inside a subgraph).
         type: its node id in the registry, such as ``SlipstreamDeepCache``.
-        is_expanded: whether it stands for a node of ours that it expanded into.
+        has_several: whether several methods tell their verdicts on it, as it expands into nodes of ours or adds more
+            than one method itself: each names itself.
     """
 
     id: str
     type: str
-    is_expanded: bool = False
+    has_several: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,54 @@ class Entry:
         config: its settings.
         nodes: the nodes that asked for it, with equal settings.
         suggested: whether a node that adds several methods proposed it; an explicit node wins.
+        others: suggestions of other settings. Those of an explicit node stand in their place; where there is none, the
+            run is refused.
     """
 
     config: Configuration
     nodes: tuple[Node, ...]
     suggested: bool = False
+    others: tuple[Entry, ...] = ()
 
     def __str__(self) -> str:
         return " and ".join(f"node {node.id}" for node in self.nodes)
+
+    def check_agreed(self) -> None:
+        """Raises:
+        ValueError: nodes suggest different settings, and none is explicit.
+        """
+        if self.suggested and self.others:
+            raise _differing(self.others[0], self)
+
+    def merged(self, new: Entry) -> Entry:
+        """This entry and another one of the same method.
+
+        Raises:
+            ValueError: both are explicit, with different settings.
+        """
+        found: dict[Configuration, Entry] = {}
+        for entry in (replace(self, others=()), *self.others, new):
+            known = found.get(entry.config)
+            if known is not None:
+                nodes = (*known.nodes, *(node for node in entry.nodes if node not in known.nodes))
+                entry = replace(known, nodes=nodes, suggested=known.suggested and entry.suggested)
+            found[entry.config] = entry
+        first, *others = sorted(found.values(), key=lambda entry: entry.suggested)
+        if any(not other.suggested for other in others):
+            raise _differing(new, first if new.config != first.config else others[0])
+        return replace(first, others=tuple(others))
+
+
+def _differing(new: Entry, old: Entry) -> ValueError:
+    settings = ", ".join(
+        f"{name} {value} against {getattr(old.config, name)}"
+        for name, value in asdict(new.config).items()
+        if value != getattr(old.config, name)
+    )
+    return ValueError(
+        f"{new.config.title}: {new} and {old} are on the same model with different settings ({settings}). "
+        "Remove or bypass one of them, or give both the same settings."
+    )
 
 
 @dataclass(frozen=True)
@@ -58,30 +99,14 @@ class Plan:
         """This plan with one more entry.
 
         The same method twice with equal settings is one. A suggestion gives way to an explicit
-        node wherever either is wired.
+        node wherever either is wired; so suggestions that differ are refused in the run only.
 
         Raises:
             ValueError: the method is there with different settings.
         """
         old = next((entry for entry in self.entries if entry.config.stem == new.config.stem), None)
         rest = tuple(entry for entry in self.entries if entry is not old)
-        if old is None:
-            merged = new
-        elif old.config == new.config:
-            nodes = (*old.nodes, *(node for node in new.nodes if node not in old.nodes))
-            merged = Entry(new.config, nodes, old.suggested and new.suggested)
-        elif old.suggested != new.suggested:
-            merged = new if old.suggested else old
-        else:
-            differing = ", ".join(
-                f"{name} {value} against {getattr(old.config, name)}"
-                for name, value in asdict(new.config).items()
-                if value != getattr(old.config, name)
-            )
-            raise ValueError(
-                f"{new.config.title}: {new} and {old} are on the same model with different settings ({differing}). "
-                "Remove or bypass one of them, or give both the same settings."
-            )
+        merged = new if old is None else old.merged(new)
         return Plan(tuple(sorted((*rest, merged), key=lambda entry: registry.rank(entry.config))))
 
 

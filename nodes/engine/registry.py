@@ -6,11 +6,31 @@ the order of wiring.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from ..methods.method import Configuration
 
-METHODS = ("sequential_offload", "precision", "attention_backend", "compile_model", "cfg_cutoff", "deepcache", "freeu")
+METHODS = (
+    "sequential_offload",
+    "precision",
+    "attention_backend",
+    "winograd",
+    "compile_model",
+    "cfg_cutoff",
+    "deepcache",
+    "freeu",
+)
 
 
 def rank(config: Configuration) -> int:
     """The place of a configuration's method in the canonical order."""
     return METHODS.index(config.stem)
+
+
+def configuration(stem: str, **settings: Any) -> Configuration:
+    """A method's configuration, for a node that adds other nodes' methods."""
+    kinds = vars(importlib.import_module(f"..methods.{stem}", __package__)).values()
+    (kind,) = (kind for kind in kinds if isinstance(kind, type) and getattr(kind, "stem", None) == stem)
+    made: Configuration = kind(**settings)
+    return made

@@ -8,6 +8,7 @@ model, whatever else is on it and wherever our nodes were wired.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, Steps
 from . import artifacts, budget, history, machine, models, verdicts
@@ -59,7 +60,16 @@ def with_plan(model: Any, plan: Plan) -> Any:
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     budget.put_on(clone)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, on_detach)
     return clone
+
+
+def on_detach(patcher: Any, unpatch_all: bool) -> None:
+    """The callback that every model with a plan carries, at the host's ON_DETACH: it unloads the model. If not all is
+    taken back, a clone of it comes in its place, which uses what was made."""
+    if unpatch_all:
+        patcher.get_attachment(artifacts.ATTACHMENT).model_unloaded()
 
 
 def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any):
@@ -83,6 +93,11 @@ def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sig
         run.end(error)
         # Its traceback holds this frame, and the tensors of those below: no cycle may keep them.
         error = None
+
+
+def takes_part(method: MethodRun, point: str) -> bool:
+    """Whether a method takes part at one of the points of `MethodRun`."""
+    return getattr(type(method), point) is not getattr(MethodRun, point)
 
 
 class SamplingRun:
@@ -111,6 +126,7 @@ class SamplingRun:
         self.around_model: list[MethodRun] = []
         # By the id of the host's model: several on several GPUs.
         self.host_models: dict[int, Any] = {}
+        self.convolutions: Any = None
         self.compiling: Any = None
         self.memory: budget.Watch | None = None
         self.at_output_block: list[MethodRun] = []
@@ -132,15 +148,19 @@ class SamplingRun:
         model = models.describe(self.guider.model_patcher, self.guider.model_options)
         run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)))
         for entry in self.plan.entries:
+            entry.check_agreed()
             try:
                 entry.config.check(model)
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
-            self.methods.append(entry.config.begin(run))
-            if type(self.methods[-1]).load is not MethodRun.load:
-                self._load(self.methods[-1])
-            if type(self.methods[-1]).compile is not MethodRun.compile:
-                self._compile(entry.config, self.methods[-1])
+            method = entry.config.begin(run)
+            self.methods.append(method)
+            if takes_part(method, "load"):
+                self._load(method)
+            if takes_part(method, "convolution"):
+                self._convolve(method)
+            if takes_part(method, "compile"):
+                self._compile(entry.config, method)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.around_unet = next(iter(self._taking_part("unet")), None)
         self.around_model = self._taking_part("apply_model")
@@ -158,11 +178,20 @@ class SamplingRun:
         from .compile_unet import UNetCompiling
 
         patcher = self.guider.model_patcher
-        self.compiling = UNetCompiling(config, patcher, patcher.get_attachment(artifacts.ATTACHMENT), self.announce)
+        keeper = patcher.get_attachment(artifacts.ATTACHMENT)
+        # Graphs made with the operation for convolutions in them are others than those without.
+        self.compiling = UNetCompiling(config, patcher, keeper, self.announce, self.convolutions is not None)
         method.compile(self.compiling.tally)
 
+    def _convolve(self, method: MethodRun) -> None:
+        # Here, for the same reason.
+        from .convolutions import Convolutions
+
+        patcher = self.guider.model_patcher
+        self.convolutions = Convolutions(method, patcher, patcher.get_attachment(artifacts.ATTACHMENT))
+
     def _taking_part(self, point: str) -> list[MethodRun]:
-        return [method for method in self.methods if getattr(type(method), point) is not getattr(MethodRun, point)]
+        return [method for method in self.methods if takes_part(method, point)]
 
     # What is installed for the run, and taken back after it.
 
@@ -176,7 +205,7 @@ class SamplingRun:
             WrappersMP.PREDICT_NOISE: self.predict_noise,
             WrappersMP.APPLY_MODEL: self.apply_model,
         }
-        if self.around_unet is not None or self.compiling is not None:
+        if any(part is not None for part in (self.around_unet, self.compiling, self.convolutions)):
             wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
         return wrappers
 
@@ -208,7 +237,8 @@ class SamplingRun:
         else:
             self.audience.hear(told)
         self.methods.clear()
-        self.evaluation = self.around_evaluation = self.around_unet = self.compiling = self.memory = None
+        self.evaluation = self.around_evaluation = self.around_unet = self.compiling = self.convolutions = None
+        self.memory = None
         self.at_output_block.clear()
         self.around_model.clear()
         self.host_models.clear()
@@ -290,7 +320,18 @@ class SamplingRun:
             )
             if self.compiling is not None:
                 call = self.compiling.around(call)
-        return call.full()[0] if method is None else method.unet(evaluation, call)
+        with self._convolving(executor.class_obj):
+            return call.full()[0] if method is None else method.unet(evaluation, call)
+
+    def _convolving(self, unet: Any) -> contextlib.AbstractContextManager[None]:
+        """Hands a UNet's convolutions to the method that takes them, for one call."""
+        copies = self.guider.model_options.get("multigpu_clones", {}).values()
+        patchers = (self.guider.model_patcher, *copies)
+        # Of another model, what changes weights within the run is not known.
+        if self.convolutions is None or not any(unet is patcher.model.diffusion_model for patcher in patchers):
+            return contextlib.nullcontext()
+        installed: contextlib.AbstractContextManager[None] = self.convolutions.installed(unet)
+        return installed
 
     def output_block(self, h: torch.Tensor, skip: torch.Tensor, transformer_options: dict[str, Any]):
         for method in self.at_output_block:
@@ -319,6 +360,9 @@ class SamplingRun:
                 if entry.config.phase not in instead:
                     continue
                 line = instead[entry.config.phase]
-            for node in entry.nodes:
-                told = replace(line, text=f"{entry.config.title}: {line.text}") if node.is_expanded else line
-                verdicts.publish(self.where, node, told, self.record.as_dict(), (self.number, entry.config.stem))
+            others = line if entry.suggested else verdicts.Line("inert", f"as {entry} sets it")
+            lines = [(node, line) for node in entry.nodes]
+            lines += [(node, others) for other in entry.others for node in other.nodes]
+            for node, told in lines:
+                named = replace(told, text=f"{entry.config.title}: {told.text}") if node.has_several else told
+                verdicts.publish(self.where, node, named, self.record.as_dict(), (self.number, entry.config.stem))

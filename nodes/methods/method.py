@@ -15,13 +15,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Phase = Literal["load", "weights", "compile", "evaluate"]
 State = Literal["active", "inert"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,44 @@ class UNetCall(Protocol):
         features (B, C', H', W'), which may be written to. Returns the output (B, C, H, W)."""
 
 
+class Convolution(Protocol):
+    """One call of one of the UNet's 3x3 convolutions: stride 1, zeros around, one group."""
+
+    @property
+    def x(self) -> Tensor:
+        """(B, C, H, W)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(Cout, C, 3, 3)."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(Cout,)."""
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """What the output is to have: channels last where the host's own convolution gives it so."""
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the weight is this call's alone: cast or patched as it is used, or changed within the run."""
+
+    def host(self) -> Tensor:
+        """The host's own convolution: (B, Cout, H, W)."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that all that is derived in a run may take; the same throughout the process."""
+
+    def derived(self, key: Hashable, size: int, make: Callable[[], Found]) -> Found | None:
+        """What was made of the weight as it is now, for this run and later ones; None where it does not fit `room`
+        along with what this run derived before."""
+
+    def once(self, key: Hashable, make: Callable[[], Found]) -> Found:
+        """What was found out under a key, once in this process."""
+
+
 class Compilation(Protocol):
     """What compiling did in a run so far."""
 
@@ -315,6 +354,10 @@ class MethodRun:
 
     def load(self, look: Callable[[], Loaded]) -> None:
         """Once, when the run begins, before the model is loaded. `look` tells how it is loaded by then."""
+        raise NotImplementedError
+
+    def convolution(self, call: Convolution) -> Tensor:
+        """In the place of one of the UNet's 3x3 convolutions. Returns (B, Cout, H, W)."""
         raise NotImplementedError
 
     def compile(self, compilation: Compilation) -> None:

@@ -29,7 +29,11 @@ def load_nodes() -> list[Any]:
 NODES = {node.define_schema().node_id: node for node in load_nodes()}
 """All of them, by id."""
 _registry = importlib.import_module(f"{PACK}.nodes.engine.registry").METHODS
-METHODS = {name: NODES[name] for file, name in importlib.import_module(f"{PACK}.nodes").NODES if file in _registry}
+SEVERAL = ("cpu",)
+"""Files of nodes that add several methods."""
+METHODS = {
+    name: NODES[name] for file, name in importlib.import_module(f"{PACK}.nodes").NODES if file in (*_registry, *SEVERAL)
+}
 """Those that put a method on a model."""
 
 

@@ -35,12 +35,14 @@ ON = {
     "SlipstreamAttention": {"backend": "math", "fuse_qkv": True},
     "SlipstreamCompileModel": {"backend": {"backend": "eager"}},
     "SlipstreamSequentialOffload": {"budget_mib": 0},
+    "SlipstreamCPU": {"winograd": "F(4x4)"},
 }
 OFF = {
     "SlipstreamDeepCache": {"cache_interval": 1},
     "SlipstreamCFGCutoff": {"cutoff": 1.0},
     "SlipstreamFreeU": {"preset": "custom", "b1": 1.0, "b2": 1.0, "s1": 1.0, "s2": 1.0},
     "SlipstreamAttention": {"backend": "host", "fuse_qkv": False},
+    "SlipstreamCPU": {"winograd": "off", "bf16": False, "sdpa": False},
 }
 OTHER = {
     "SlipstreamDeepCache": {"cache_interval": 3},
@@ -50,6 +52,7 @@ OTHER = {
     "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
     "SlipstreamCompileModel": {"backend": {"backend": "eager", "scope": "model"}},
     "SlipstreamSequentialOffload": {"budget_mib": 512},
+    "SlipstreamCPU": {"winograd": "F(2x2)"},
 }
 EXACT = {"SlipstreamCompileModel", "SlipstreamSequentialOffload"}
 """They leave the image as it is: dynamo's graphs, run as they are, have the eager bits, and so have weights that come
@@ -118,10 +121,13 @@ def test_twice_with_equal_settings_is_once(name, model, last_lines):
 def test_twice_with_different_settings_is_refused_naming_both_nodes(name, model, last_lines):
     carrying = run_node(name, model, "41", **ON[name])
     with pytest.raises(ValueError, match=r"node 42 and node 41.*different settings"):
-        run_node(name, carrying, "42", **OTHER[name])
-    ((state, text),) = last_lines("42")
-    assert state == "failed"
-    assert "node 42 and node 41" in text
+        # Of a node that only suggests, the run is refused: another one may yet be explicit.
+        sample(run_node(name, carrying, "42", **OTHER[name]))
+    lines = last_lines("42")
+    assert lines
+    for state, text in lines:
+        assert state == "failed"
+        assert "node 42 and node 41" in text
     sample(carrying)
 
 
@@ -130,11 +136,36 @@ def test_an_explicit_node_wins_over_a_suggestion_wherever_it_is_wired(model):
     config = hosted.method("cfg_cutoff").CFGCutoff
     explicit = plan.Entry(config(0.5), (plan.Node("1", "SlipstreamCFGCutoff"),))
     suggested = plan.Entry(config(0.75), (plan.Node("2", "SlipstreamRecipe"),), suggested=True)
-    assert plan.Plan().adding(explicit).adding(suggested).entries == (explicit,)
-    assert plan.Plan().adding(suggested).adding(explicit).entries == (explicit,)
+    for first, second in ((explicit, suggested), (suggested, explicit)):
+        (entry,) = plan.Plan().adding(first).adding(second).entries
+        assert (entry.config, entry.nodes, entry.suggested) == (explicit.config, explicit.nodes, False)
+        assert entry.others == (suggested,)
+    equal = plan.Entry(config(0.5), suggested.nodes, suggested=True)
+    (entry,) = plan.Plan().adding(equal).adding(explicit).adding(suggested).entries
+    assert set(entry.nodes) == {*explicit.nodes, *suggested.nodes}
+    assert not entry.suggested
     other = plan.Entry(config(0.6), (plan.Node("3", "SlipstreamRecipe"),), suggested=True)
-    with pytest.raises(ValueError, match="node 3 and node 2"):
-        plan.Plan().adding(suggested).adding(other)
+    for order in itertools.permutations((explicit, suggested, other)):
+        merged = plan.Plan()
+        for added in order:
+            merged = merged.adding(added)
+        (entry,) = merged.entries
+        assert entry.nodes == explicit.nodes
+        assert set(entry.others) == {suggested, other}
+
+
+def test_suggestions_that_differ_are_refused_in_the_run_unless_a_node_is_explicit(model, last_lines):
+    plan, sampling = hosted.engine("plan"), hosted.engine("sampling")
+    config = hosted.method("cfg_cutoff").CFGCutoff
+    some = plan.Plan()
+    for node, cutoff in (("2", 0.75), ("3", 0.6)):
+        some = some.adding(plan.Entry(config(cutoff), (plan.Node(node, "SlipstreamRecipe"),), suggested=True))
+    with pytest.raises(ValueError, match=r"node 3 and node 2 are on .* \(cutoff 0.6 against 0.75\)"):
+        sample(sampling.with_plan(model, some))
+    assert [last_lines(node)[0][0] for node in "23"] == ["failed", "failed"]
+    explicit = plan.Entry(config(0.5), (plan.Node("4", "SlipstreamCFGCutoff"),))
+    expected = sample(run_node("SlipstreamCFGCutoff", model, cutoff=0.5))
+    assert torch.equal(sample(sampling.with_plan(model, some.adding(explicit))), expected)
 
 
 SURROUNDINGS = ("alone", "core FreeU", "LoRA", "ControlNet", "all")

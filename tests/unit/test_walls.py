@@ -18,6 +18,10 @@ DIRECTIONS = {"vae_decode_tiled": "tiled_vae", "vae_encode_tiled": "tiled_vae"}
 """Nodes that are the two directions of one method share its part of the engine."""
 
 
+SUGGESTED = {"winograd": "cpu"}
+"""Methods that have no node of their own, and the node that adds them along with others."""
+
+
 def part_of(stem: str) -> str:
     """The stem of a node's method and of its part of the engine."""
     return DIRECTIONS.get(stem, stem)
@@ -52,13 +56,14 @@ def test_tools_import_neither_the_host_nor_anything_else_of_the_pack(path):
 @pytest.mark.parametrize("path", NODE_FILES, ids=lambda path: path.stem)
 def test_a_node_imports_the_api_the_engine_and_its_own_method_or_part_of_the_engine(path):
     part = part_of(path.stem)
-    assert imports(path) <= {"comfy_api.latest", ".engine", f".engine.{part}", f".methods.{part}"}
+    own = {f".methods.{stem}" for stem in (part, *(stem for stem, node in SUGGESTED.items() if node == part))}
+    assert imports(path) <= {"comfy_api.latest", ".engine", f".engine.{part}", *own}
 
 
 def in_plans() -> set[str]:
     """The stems of the methods that a model's plan can have: the rows of the registry."""
     registry = ast.parse((NODES / "engine" / "registry.py").read_text())
-    (table,) = (node.value for node in ast.walk(registry) if isinstance(node, ast.Assign))
+    (table,) = (node.value for node in registry.body if isinstance(node, ast.Assign))
     return set(ast.literal_eval(table))
 
 
@@ -75,11 +80,12 @@ def test_the_root_imports_nothing_at_module_level():
 
 
 def test_one_stem_everywhere():
-    """A method in a plan has a node of its name; any other node has its part of the engine, and any other method is
-    used there. Each method has a test."""
+    """A method in a plan has a node of its name, or is one of several that a node adds; any other node has its part of
+    the engine, and any other method is used there. Each method has a test."""
     stems = {path.stem for path in METHODS} - {"method"}
     nodes = {path.stem for path in NODE_FILES}
-    assert in_plans() < nodes
+    assert in_plans() - set(SUGGESTED) < nodes
+    assert set(SUGGESTED.values()) < nodes
     assert all((NODES / "engine" / f"{part_of(stem)}.py").exists() for stem in nodes - in_plans())
     assert all((ROOT / "tests" / "unit" / f"test_{stem}.py").exists() for stem in stems)
     used = set().union(*(imports(path) for path in (NODES / "engine").glob("*.py")))

@@ -1,0 +1,38 @@
+"""Everything that makes a processor faster, suggested by one node: a method's own node on the same model wins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..methods.method import Configuration
+from . import models, registry
+from .node import pass_through, suggest
+
+
+def speed_up(
+    node: type[io.ComfyNode], model: Any, winograd: Configuration | None, bf16: bool, sdpa: bool
+) -> io.NodeOutput:
+    """The node's output.
+
+    Args:
+        node: the node class.
+        model: ModelPatcher.
+        winograd: Winograd's settings; None for none.
+        bf16: compute in bfloat16, with channels last, where the processor has it.
+        sdpa: torch's own attention in the place of the host's.
+
+    Raises:
+        ValueError: another node that adds several methods suggests one with other settings.
+    """
+    about = models.describe(model, model.model_options)
+    if about.device != "cpu":
+        return pass_through(node, model, f"this model runs on {about.device}, and this node is for processors")
+    wanted = [] if winograd is None or not about.is_unet else [winograd]
+    # Both have `auto` for what a processor gains by.
+    switches = {"precision": bf16, "attention_backend": sdpa}
+    wanted += [registry.configuration(stem) for stem in registry.METHODS if switches.get(stem)]
+    if not wanted:
+        return pass_through(node, model, "all of it is switched off, or not for this kind of model")
+    return suggest(node, model, wanted)
