@@ -4,6 +4,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),
+    ("quantize", "SlipstreamQuantize"),
     ("compile_model", "SlipstreamCompileModel"),
     ("precision", "SlipstreamPrecision"),
     ("attention_backend", "SlipstreamAttention"),

@@ -56,6 +56,11 @@ class UNetCompiling:
         if prepared is None:
             # Dynamo's graphs take the module along with its inputs: all models of a kind share them.
             owner = None if self.backend.shares_graphs(self.settings) else unet
+            if owner is not None and is_quantized(unet):
+                raise RuntimeError(
+                    f"{self.settings.title}: {self.backend.name} keeps weights, and can't keep quantized ones. Set "
+                    "backend to inductor with mode default or max-autotune-no-cudagraphs, or take Quantize Model out."
+                )
             key = (self.settings, self.backend.name, self._has_operations)
             compiler = self._keeper.get(owner, key, lambda: Compiler(self.settings, self.backend))
             compiler.begin(self.tally, self._announce)
@@ -88,6 +93,7 @@ class Prepared:
         self.left_out: Counter[str] = Counter()
         self.forwards: list[tuple[nn.Module, Forward]] = []
         self.total = 0
+        self.weights = "quantized" if is_quantized(unet) else "as they are"
         for level, block in _blocks(unet):
             self.total += 1
             why = machine.unsuited(block, device)
@@ -174,6 +180,7 @@ class CompiledUNetCall:
             "batch": call.x.shape[0],
             "prompt length": 0 if call.context is None else call.context.shape[1],
             "precision": str(call.x.dtype).removeprefix("torch."),
+            "weights": self.prepared.weights,
             "attention": attention.described(call.options),
         }
 
@@ -244,6 +251,11 @@ class CompiledUNetCall:
 
 
 # Blocks
+
+
+def is_quantized(unet: nn.Module) -> bool:
+    """Whether other tensors than torch's own stand in for some weights."""
+    return any(hasattr(weight, "__tensor_flatten__") for weight in unet.parameters())
 
 
 def _blocks(unet: Any) -> Iterator[tuple[int, nn.Module]]:

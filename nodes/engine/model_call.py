@@ -1,8 +1,9 @@
-"""One call of the host's model: in another dtype, with another attention or joined projections, for that call alone.
+"""One call of the host's model: in another dtype, with quantized weights, another attention or joined projections, for
+that call alone.
 
-What is made of the weights is made in the first call of a run, when the host has loaded and patched them, and dropped
-with the run. It takes their place during each call and is taken out after it: between calls the host finds its own
-weights, which it may patch (hooks), move, or hand to other models.
+What is made of the weights is made in the first call of a run, when the host has loaded and patched them. It takes
+their place during each call and is taken out after it: between calls the host finds its own weights, which it may
+patch (hooks), move, or hand to other models.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..methods.method import Attention, Made
-from . import attention
+from ..methods.method import Attention, Made, Quantized, Quantizer
+from . import artifacts, attention
+from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV
 
 SELF_ATTENTION = ("attn1_patch", "attn1")
@@ -26,14 +28,17 @@ class HostModel:
 
     Args:
         model: BaseModel, loaded.
+        keeper: holds what may outlive the run.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, keeper: artifacts.Keeper):
         self.model = model
         self.module: torch.nn.Module = model.diffusion_model
-        self.device: torch.device = model.current_patcher.load_device
+        self.keeper = keeper
+        self.patcher = model.current_patcher
+        self.device: torch.device = self.patcher.load_device
         # What hooks on conditionings may patch between two calls.
-        keys = {key for patches in model.current_patcher.hook_patches.values() for key in patches}
+        keys = {key for patches in self.patcher.hook_patches.values() for key in patches}
         self.hooked = {str(key).removeprefix("diffusion_model.") for key in keys}
         self._made: dict[Hashable, Any] = {}
 
@@ -42,6 +47,12 @@ class HostModel:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = self.model.manual_cast_dtype or self.model.get_dtype()
+        return dtype
 
 
 class HostModelCall:
@@ -62,9 +73,7 @@ class HostModelCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        model = self._host.model
-        dtype: torch.dtype = model.manual_cast_dtype or model.get_dtype()
-        return dtype
+        return self._host.dtype
 
     @property
     def is_attention_overridden(self) -> bool:
@@ -88,6 +97,22 @@ class HostModelCall:
                 yield casts.made
         finally:
             host.model.manual_cast_dtype = before
+
+    @contextlib.contextmanager
+    def quantizing(self, quantizer: Quantizer) -> Iterator[Quantized]:
+        host, dtype = self._host, self.dtype
+
+        def make() -> QuantizedLayers:
+            # A GPU quantizes in a moment, and its memory is the host's to manage between runs.
+            if host.device.type == "cpu":
+                kept = host.keeper.get(host.module, ("quantize", quantizer), QuantizedWeights)
+            else:
+                kept = QuantizedWeights()
+            return QuantizedLayers(host, quantizer, dtype, kept)
+
+        layers = host.once((QuantizedLayers, quantizer, dtype), make)
+        with layers.installed():
+            yield layers.made
 
     @contextlib.contextmanager
     def attending(self, attend: Callable[[Attention], torch.Tensor]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from ..methods.method import Configuration
 METHODS = (
     "sequential_offload",
     "precision",
+    "quantize",
     "attention_backend",
     "winograd",
     "compile_model",

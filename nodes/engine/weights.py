@@ -24,7 +24,9 @@ def kept_as_is(module: nn.Module, device: torch.device) -> str | None:
     for weight in module.parameters(recurse=False):
         if weight.device.type != device.type:
             return "they are offloaded, since the model is loaded in part only"
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+        if type(weight) is not nn.Parameter:
+            return "they are quantized"
+        if not weight.is_floating_point() or weight.element_size() < 2:
             return f"they are kept as {str(weight.dtype).removeprefix('torch.')}"
     return None
 

@@ -111,11 +111,13 @@ class Run:
         model: the model that is sampled, with everything that was put on it later.
         steps: the run's steps.
         percent_to_sigma: noise level at a fraction of the training timesteps, 0 the noisiest.
+        is_compiled: whether something compiles the model in this run.
     """
 
     model: Model
     steps: Steps
     percent_to_sigma: Callable[[float], float]
+    is_compiled: bool = False
 
     def sigma_range(self, start_percent: float, end_percent: float) -> Callable[[float], bool]:
         """Whether a sigma lies between two fractions of the training timesteps, ends included."""
@@ -207,6 +209,41 @@ class Attention:
     host: Callable[[], Tensor]
 
 
+@dataclass
+class Quantized(Made):
+    """Linear layers with quantized weights.
+
+    Attributes:
+        original_bytes: memory that the weights of these layers take as they are.
+        offloaded_bytes: how much of that left the device meanwhile.
+        hooked: how many of the layers are quantized anew as hooks change them.
+        elapsed_s: what quantizing took; 0 if it was done in an earlier run.
+    """
+
+    original_bytes: int = 0
+    offloaded_bytes: int = 0
+    hooked: int = 0
+    elapsed_s: float = 0.0
+
+
+class Quantizer(Protocol):
+    """How weights are quantized. Hashable and equal if the same comes of it."""
+
+    def leaves_out(self, path: str, layer: torch.nn.Linear, is_in_block: bool) -> str | None:
+        """Why a layer stays as it is, in words that follow a number of layers; None if it is quantized.
+
+        Args:
+            path: its path in the model.
+            is_in_block: whether it is inside one of the blocks that the model is a list of.
+        """
+
+    def quantize(self, weight: Tensor) -> torch.nn.Parameter:
+        """The weight (out, in) of a layer that computes in the weight's dtype. It takes that weight's place."""
+
+    def should_offload(self, is_partially_loaded: bool) -> bool:
+        """Whether the weights that were quantized leave the device, where the host loaded all or part of the model."""
+
+
 class ModelCall(Protocol):
     """One call of the model: one batch of conditions. Its weights are loaded, its inputs not yet cast."""
 
@@ -234,6 +271,9 @@ class ModelCall(Protocol):
 
     def fusing_qkv(self) -> AbstractContextManager[Made]:
         """Gives each self-attention one projection for q, k and v, in place of three."""
+
+    def quantizing(self, quantizer: Quantizer) -> AbstractContextManager[Quantized]:
+        """Computes the call with quantized weights in the linear layers."""
 
 
 class UNetCall(Protocol):

@@ -33,6 +33,7 @@ ON = {
     "SlipstreamFreeU": {"preset": "SD 1.5"},
     "SlipstreamPrecision": {"compute_dtype": "bf16"},
     "SlipstreamAttention": {"backend": "math", "fuse_qkv": True},
+    "SlipstreamQuantize": {"min_features": 0},
     "SlipstreamCompileModel": {"backend": {"backend": "eager"}},
     "SlipstreamSequentialOffload": {"budget_mib": 0},
     "SlipstreamCPU": {"winograd": "F(4x4)"},
@@ -50,6 +51,7 @@ OTHER = {
     "SlipstreamFreeU": {"preset": "SDXL"},
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
     "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
+    "SlipstreamQuantize": {"scheme": "int8 weight-only", "min_features": 0},
     "SlipstreamCompileModel": {"backend": {"backend": "eager", "scope": "model"}},
     "SlipstreamSequentialOffload": {"budget_mib": 512},
     "SlipstreamCPU": {"winograd": "F(2x2)"},
@@ -57,7 +59,7 @@ OTHER = {
 EXACT = {"SlipstreamCompileModel", "SlipstreamSequentialOffload"}
 """They leave the image as it is: dynamo's graphs, run as they are, have the eager bits, and so have weights that come
 as they are used."""
-NEVER_OFF = {"SlipstreamCompileModel", "SlipstreamPrecision", "SlipstreamSequentialOffload"}
+NEVER_OFF = {"SlipstreamCompileModel", "SlipstreamPrecision", "SlipstreamQuantize", "SlipstreamSequentialOffload"}
 """They have no settings that do nothing."""
 
 every_node = pytest.mark.parametrize("name", list(METHODS))

@@ -32,6 +32,8 @@ REQUIRED = {
     # In bf16, batches of two and of one differ by more than what is looked for here.
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
     "SlipstreamAttention": {"backend": "math", "fuse_qkv": True},
+    # Quantized activations of batches of two and of one may round to neighbours.
+    "SlipstreamQuantize": {"scheme": "int8 weight-only", "min_features": 0},
 }
 """The inputs that have no default, or another one than is wanted here."""
 

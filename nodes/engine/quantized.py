@@ -1,0 +1,250 @@
+"""A model's linear layers with quantized weights, for the calls of one run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.ops
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+from torch import nn
+
+from ..methods.method import Quantized, Quantizer
+
+if TYPE_CHECKING:
+    from .model_call import HostModel
+
+AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
+"""What has a layer of the host's use its weights as they are."""
+
+OFFLOADED_AT_ONCE = 256 * 2**20
+"""Bytes. The host logs a line each time."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What takes the places of a layer's weight and bias."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+class QuantizedWeights:
+    """Stand-ins for one model, by their layers' paths: those for the last weights that it ran with."""
+
+    def __init__(self) -> None:
+        self._version: Hashable = None
+        self._made: dict[str, StandIn] = {}
+
+    def of(self, version: Hashable) -> dict[str, StandIn]:
+        """Those for this version of the weights, as far as they were made."""
+        if self._version != version:
+            self.release()
+            self._version = version
+        return self._made
+
+    def release(self) -> None:
+        """Free them, once no run has them."""
+        self._version, self._made = None, {}
+
+
+@dataclass
+class _Layer:
+    """A linear layer of the host's.
+
+    Attributes:
+        path: its path in the model.
+        is_hooked: whether hooks may patch it between two calls.
+        own: its own weights quantized, without hooks; None until they were there.
+    """
+
+    path: str
+    module: nn.Linear
+    is_hooked: bool
+    own: StandIn | None = None
+
+
+class QuantizedLayers:
+    """The linear layers of a model in one run.
+
+    Args:
+        host: the model, its weights loaded and patched.
+        quantizer: which layers, and how.
+        dtype: what the model computes in.
+        kept: holds what earlier runs made.
+    """
+
+    def __init__(self, host: HostModel, quantizer: Quantizer, dtype: torch.dtype, kept: QuantizedWeights):
+        self.made = Quantized()
+        self._host = host
+        self._quantizer = quantizer
+        self._dtype = dtype
+        self._kept = kept.of((host.patcher.patches_uuid, dtype, host.device))
+        self._is_installed = False
+        self._layers = list(self._chosen())
+        self.made.modules = len(self._layers)
+        self.made.hooked = sum(layer.is_hooked for layer in self._layers)
+        self._quantize_all()
+
+    def _chosen(self) -> Iterator[_Layer]:
+        module, hooked = self._host.module, self._host.hooked
+        blocks = tuple(
+            f"{path}."
+            for path, part in module.named_modules()
+            if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
+        )
+        for path, layer in module.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            why = _unsuited(layer) or self._quantizer.leaves_out(path, layer, path.startswith(blocks))
+            if why is None:
+                yield _Layer(path, layer, not hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
+            else:
+                self.made.left[why] += 1
+
+    def _quantize_all(self) -> None:
+        patcher, unloading = self._host.patcher, Unloading(self._host.patcher)
+        is_offloading = (
+            has_own_memory(self._host.device)
+            # Hooks are patched in where the weights are.
+            and not self._host.hooked
+            # DynamicVRAM lets go of what is not used by itself.
+            and not getattr(patcher, "is_dynamic", lambda: False)()
+            and self._quantizer.should_offload(bool(patcher.model.model_lowvram))
+        )
+        for layer in self._layers:
+            # Else its own weights come when the hooks go.
+            if not layer.is_hooked or patcher.current_hooks is None:
+                self._quantize(layer)
+                if is_offloading:
+                    unloading.add(layer.module)
+        self.made.offloaded_bytes = unloading.end()
+
+    def _quantize(self, layer: _Layer) -> StandIn:
+        """A layer's own weights, quantized now if no earlier run did."""
+        stand_in = self._kept.get(layer.path)
+        if stand_in is None:
+            began = time.perf_counter()
+            stand_in = self._kept[layer.path] = self._as_they_are(layer.module)
+            self.made.elapsed_s += time.perf_counter() - began
+        layer.own = stand_in
+        self.made.extra_bytes += _bytes(stand_in.weight)
+        self.made.original_bytes += _bytes(layer.module.weight)
+        return stand_in
+
+    @torch.no_grad()
+    def _as_they_are(self, module: Any) -> StandIn:
+        """A layer's weights quantized as they are now, patches included."""
+        dtype = self._dtype if module.comfy_cast_weights else module.weight.dtype
+        # The host brings them to the device, from wherever they are, and patches them.
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            module, dtype=dtype, device=self._host.device, bias_dtype=dtype, offloadable=True
+        )
+        try:
+            kept_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+            return StandIn(self._quantizer.quantize(weight.detach()), kept_bias)
+        finally:
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+    def _now(self, layer: _Layer) -> StandIn:
+        """What stands in for a layer in this call."""
+        if layer.is_hooked and self._host.patcher.current_hooks is not None:
+            return self._as_they_are(layer.module)
+        return layer.own or self._quantize(layer)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """They take the weights' places."""
+        # A call inside a call, as a wrapper may make it, finds them there.
+        if self._is_installed:
+            yield
+            return
+        undo: list[tuple[nn.Linear, dict[str, Any], dict[str, Any]]] = []
+        self._is_installed = True
+        try:
+            for layer in self._layers:
+                stand_in, module = self._now(layer), layer.module
+                flags = {name: module.__dict__[name] for name in AS_IT_IS if name in module.__dict__}
+                undo.append((module, dict(module._parameters), flags))
+                module.__dict__.update(AS_IT_IS)
+                module._parameters.update(weight=stand_in.weight, bias=stand_in.bias)
+            yield
+        finally:
+            for module, parameters, flags in undo:
+                module._parameters.update(parameters)
+                for name in AS_IT_IS:
+                    module.__dict__.pop(name, None)
+                module.__dict__.update(flags)
+            self._is_installed = False
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether what is offloaded leaves a device's memory."""
+    return device.type != "cpu"
+
+
+class Unloading:
+    """Has the host take modules off the device, in its own books too: it brings them back when it loads the model.
+
+    Args:
+        patcher: ModelPatcher, loaded, without hooks in force.
+    """
+
+    def __init__(self, patcher: Any):
+        self._patcher = patcher
+        self._entries: dict[int, Any] | None = None
+        self._waiting: list[nn.Module] = []
+        self._freed = 0
+
+    def add(self, module: nn.Module) -> None:
+        """One more."""
+        self._waiting.append(module)
+        if sum(_bytes(weight) for one in self._waiting for weight in one.parameters()) >= OFFLOADED_AT_ONCE:
+            self._unload()
+
+    def end(self) -> int:
+        """Those that are left. Returns the bytes that were freed in all."""
+        self._unload()
+        return self._freed
+
+    def _unload(self) -> None:
+        if not self._waiting:
+            return
+        patcher = self._patcher
+        if self._entries is None:
+            listed = patcher._load_list()
+            self._entries = {id(part): entry for entry in listed for part in entry if isinstance(part, nn.Module)}
+        entries = [self._entries[id(module)] for module in self._waiting]
+        self._waiting = []
+        # The host chooses by size from this list.
+        patcher.__dict__["_load_list"] = lambda *args, **kwargs: entries
+        try:
+            self._freed += patcher.partially_unload(patcher.offload_device, 1e32)
+        finally:
+            del patcher.__dict__["_load_list"]
+
+
+def _unsuited(layer: nn.Linear) -> str | None:
+    """Why a layer is not one of the host's with plain weights; None if it is."""
+    own = type(layer).forward
+    if (
+        not hasattr(layer, "comfy_cast_weights")
+        or "forward" in layer.__dict__
+        or not own.__module__.startswith("comfy.")
+    ):
+        return "of another node's code"
+    weight: Any = layer.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+        return "quantized already"
+    return None
+
+
+def _bytes(weight: Any) -> int:
+    """Memory of a tensor, or of those that a tensor subclass is made of."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(_bytes(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    return int(weight.numel() * weight.element_size())

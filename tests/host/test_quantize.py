@@ -1,0 +1,285 @@
+"""Quantize Model: how near the image stays, what it follows, and that the model finds its own weights afterwards."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import weakref
+
+import comfy.model_management
+import hosted
+import pytest
+import torch
+from hosted import PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
+
+BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
+"""Of the latents after three steps, the norm of the difference over the norm. Eight bits round each row to 1/255 of its
+range, fp8's three bits of mantissa to 1/16 of each number."""
+
+every_scheme = pytest.mark.parametrize("scheme", list(BOUNDS))
+
+
+@pytest.fixture
+def model():
+    """A UNet of fifteen blocks, new for each test."""
+    return hosted.model("minimal")
+
+
+def quantize(patcher, node_id="1", scheme="int8 dynamic", **values):
+    return run_node("SlipstreamQuantize", patcher, node_id, scheme=scheme, **{"min_features": 0, **values})
+
+
+def draw(patcher, *args, **kwargs):
+    return sample(patcher, *args, **{"steps": 3, **kwargs})
+
+
+def state(patcher):
+    """The weights' objects, their values, and what the host set on its layers."""
+    module = patcher.model.diffusion_model
+    flags = ("comfy_cast_weights", "weight_function", "bias_function", "forward")
+    return (
+        {name: (id(one), one.data_ptr(), float(one.double().sum())) for name, one in module.named_parameters()},
+        [(path, {name: part.__dict__[name] for name in flags if name in part.__dict__})
+         for path, part in module.named_modules()],
+        list(module.state_dict()),
+    )  # fmt: skip
+
+
+@every_scheme
+@pytest.mark.parametrize("family", ["SD15", "SDXL", "DiT"])
+def test_the_image_stays_near_and_the_layers_take_a_quarter(scheme, family, last_lines):
+    model = hosted.model(family)
+    exact = draw(model, steps=2)
+    error = relative_error(draw(quantize(model, scheme=scheme), steps=2), exact)
+    assert 1e-4 < error < BOUNDS[scheme]
+    ((told, text),) = last_lines("1")
+    assert told == "active"
+    layers, total = {"SD15": (160, 184), "SDXL": (302, 323), "DiT": (28, 38)}[family]
+    assert text.startswith(f"{scheme}: {layers} of {total} linear layers, ")
+    assert re.search(r" \((25|26|27)%\); ", text)
+    assert "of time embeddings" in text
+    assert "first, last or embedding" in text
+
+
+def test_a_lora_is_merged_first_and_followed(model, last_lines):
+    """Below or above the node, changed, taken out: always what the merged weights give."""
+    plain = draw(quantize(model))
+    for strength in (0.5, 0.9):
+        exact = draw(add_lora(model, strength=strength))
+        below, above = quantize(add_lora(model, strength=strength)), add_lora(quantize(model), strength=strength)
+        image = draw(below)
+        assert relative_error(image, exact) < BOUNDS["int8 dynamic"] < relative_error(image, plain)
+        assert torch.equal(draw(above), image)
+    assert torch.equal(draw(quantize(model)), plain)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "strengths"), [*((scheme, None) for scheme in BOUNDS), ("int8 dynamic", {0.0: 1.0, 0.5: 0.2})]
+)
+def test_hooks_are_followed(scheme, strengths, model, last_lines):
+    positive = hooked_prompt(model, strengths)
+    plain, exact = draw(model), draw(model, positive)
+    quantized = quantize(model, scheme=scheme)
+    image = draw(quantized, positive)
+    error = relative_error(image, exact)
+    assert error < 1.5 * BOUNDS[scheme]
+    assert 2 * error < relative_error(image, plain)
+    assert "quantized anew at each call, since hooks change them" in last_lines("1")[0][1]
+    # And what they left: the same as if they had never been.
+    assert torch.equal(draw(quantized), draw(quantize(hosted.model("minimal"), scheme=scheme)))
+    assert torch.equal(draw(model, positive), exact)
+
+
+def interrupt():
+    raise comfy.model_management.InterruptProcessingException
+
+
+def fail():
+    raise PlantedError("planted")
+
+
+@pytest.mark.parametrize("end", [None, interrupt, fail])
+@pytest.mark.parametrize("where", ["in a block", "in a step"])
+def test_the_model_finds_its_own_weights_however_a_run_ends(end, where, model):
+    exact, quantized = draw(model), quantize(model)
+    before, seen = state(model), []
+    layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
+
+    def hook(*_):
+        seen.append(type(layer.weight))
+        if end is not None and where == "in a block":
+            end()
+
+    kwargs = {"callback": lambda i, *_: end() if end is not None and where == "in a step" and i == 1 else None}
+    handle = model.model.diffusion_model.middle_block[0].register_forward_hook(hook)
+    try:
+        if end is None:
+            draw(quantized, **kwargs)
+        else:
+            with pytest.raises((comfy.model_management.InterruptProcessingException, PlantedError)):
+                draw(quantized, **kwargs)
+    finally:
+        handle.remove()
+    assert seen
+    assert torch.nn.Parameter not in seen
+    assert state(model) == before
+    assert torch.equal(draw(model), exact)
+    assert relative_error(draw(quantized), exact) < BOUNDS["int8 dynamic"]
+
+
+def test_between_two_calls_the_model_has_its_own_weights(model):
+    """A node that saves or copies the model within a callback finds them."""
+    draw(model)
+    before, found = state(model), []
+    draw(quantize(model), callback=lambda *_: found.append(state(model)))
+    assert found == [before] * 3
+
+
+def test_quantized_weights_stay_for_the_next_run_until_the_model_is_unloaded(model, last_lines):
+    quantized = quantize(model)
+    first = draw(quantized)
+    assert "quantized in " in last_lines("1")[0][1]
+    (artifact,) = (one for one in quantized.get_attachment("slipstream.artifacts")._held)
+    weight = weakref.ref(next(iter(artifact.value._made.values())).weight)
+    # A clone, and a node that is executed again in the place of one.
+    for again in (quantized, quantized.clone(), quantize(model)):
+        assert torch.equal(draw(again), first)
+        assert "quantized earlier" in last_lines("1")[0][1]
+    quantized = again
+    gc.collect()
+    assert weight() is not None
+    quantized.detach()
+    gc.collect()
+    assert weight() is None
+    assert torch.equal(draw(quantized), first)
+    assert "quantized in " in last_lines("1")[0][1]
+
+
+def test_a_model_that_was_quantized_is_freed_with_its_patcher():
+    model = hosted.model("minimal")
+    quantized = quantize(model)
+    draw(quantized)
+    parts = [weakref.ref(model.model.diffusion_model), weakref.ref(model.model.diffusion_model.out[2].weight)]
+    del model, quantized
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
+
+
+def test_weights_kept_in_another_dtype_than_they_compute_in(last_lines):
+    """The host casts them at each use; the quantized ones are used as they are."""
+    import comfy.supported_models as families
+    import small_models
+
+    config = families.SD15(dict(small_models.MINIMAL))
+    config.set_inference_dtype(torch.bfloat16, torch.float32)
+    base = config.get_model({}, "", device=hosted.CPU)
+    small_models.initialize(base.diffusion_model, 0)
+    model = type(hosted.model("tiniest"))(base, load_device=hosted.CPU, offload_device=hosted.CPU)
+    exact = draw(model)
+    before = state(model)
+    for scheme, bound in BOUNDS.items():
+        assert 1e-4 < relative_error(draw(quantize(model, scheme=scheme)), exact) < bound
+        assert "(5" in last_lines("1")[0][1]
+    assert state(model) == before
+    lora = add_lora(model)
+    assert relative_error(draw(quantize(lora)), draw(lora)) < BOUNDS["int8 dynamic"]
+
+
+def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_lines):
+    block = model.model.diffusion_model.middle_block[1].transformer_blocks[0]
+    block.attn1.to_q.forward = block.attn1.to_q.forward
+    block.attn1.to_k.weight = torch.nn.Parameter(block.attn1.to_k.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    block.attn1.to_k.comfy_cast_weights = True
+    exact = draw(model)
+    assert relative_error(draw(quantize(model)), exact) < BOUNDS["int8 dynamic"]
+    text = last_lines("1")[0][1]
+    assert "1 quantized already" in text
+    assert "1 of another node's code" in text
+
+
+def test_nothing_to_quantize_is_said_and_leaves_the_image(model, last_lines):
+    assert torch.equal(draw(quantize(model, min_features=256)), draw(model))
+    ((told, text),) = last_lines("1")
+    assert (told, text.split(";")[0]) == ("inert", "quantized none of 80 linear layers")
+    assert "70 small" in text
+
+
+# Where the originals can leave the device
+
+
+@pytest.fixture
+def own_memory(monkeypatch):
+    """The CPU as a device with memory of its own, and a model that the host can load in part."""
+    quantized = hosted.engine("quantized")
+    monkeypatch.setattr(quantized, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(quantized, "OFFLOADED_AT_ONCE", 1)
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_offloaded_originals_are_in_the_hosts_books_and_come_back(has_lora, model, own_memory, last_lines):
+    patcher = add_lora(model) if has_lora else model
+    exact = draw(patcher)
+    kept = draw(quantize(patcher, offload_originals="off"))
+    loaded = model.model.model_loaded_weight_memory
+    assert torch.equal(draw(quantize(patcher, offload_originals="auto")), kept)
+    assert model.model.model_loaded_weight_memory == loaded
+    offloading = quantize(patcher, offload_originals="on")
+    for _ in range(2):
+        assert torch.equal(draw(offloading), kept)
+        text = last_lines("1")[0][1]
+        assert " MiB of the originals left the device" in text
+        assert loaded - model.model.model_loaded_weight_memory > 1e6
+        assert model.model.model_lowvram
+        assert "_load_list" not in offloading.__dict__
+    assert torch.equal(draw(patcher), exact)
+    assert model.model.model_loaded_weight_memory == loaded
+    assert not model.model.model_lowvram
+
+
+def test_a_model_that_is_loaded_in_part_is_quantized_as_a_whole(model, own_memory, last_lines):
+    """The host offloads in the middle of loading, as it does where memory is short."""
+    patcher = add_lora(model)
+    exact, kept = draw(patcher), draw(quantize(patcher))
+    quantized = quantize(patcher)
+
+    def in_part(executor, patcher, *args, **kwargs):
+        result = executor(patcher, *args, **kwargs)
+        patcher.partially_unload(patcher.offload_device, 4e5)
+        return result
+
+    quantized.add_wrapper("prepare_sampling", in_part)
+    image = draw(quantized)
+    assert relative_error(image, exact) < BOUNDS["int8 dynamic"]
+    assert relative_error(image, kept) < 0.005
+    assert " MiB of the originals left the device" in last_lines("1")[0][1]
+    assert torch.equal(draw(patcher), exact)
+
+
+# With Compile Model
+
+
+SLOW = bool(os.environ.get("SLIPSTREAM_SLOW"))
+
+
+def test_it_is_compiled_once_whatever_the_lora(last_lines):
+    """The eager bits from dynamo's graphs, and what rounding leaves of them from inductor's (`--slow`)."""
+    quantized = quantize(hosted.model("tiniest"))
+    backend, bound = ("inductor", 0.01) if SLOW else ("eager", 0)
+    draw(compile_model(hosted.model("tiniest"), "2", backend=backend))
+    compiled = compile_model(quantized, "2", backend=backend)
+    image = draw(compiled)
+    assert last_lines("2")[0][1].endswith(": weights as they are to quantized")
+    assert relative_error(image, draw(quantized)) <= bound
+    draw(compiled)
+    assert "Compile Model" not in last_lines("1")[0][1]
+    # Other weights of the same kind: no graph is made.
+    image = draw(add_lora(compiled))
+    assert "compiled earlier" in last_lines("2")[0][1]
+    assert relative_error(image, draw(add_lora(quantized))) <= bound
+
+
+def test_a_backend_that_keeps_weights_is_refused(model, monkeypatch):
+    monkeypatch.setattr(hosted.compiling("backends").ALL["eager"], "follows_weights", False, raising=False)
+    with pytest.raises(RuntimeError, match=r"Compile Model: eager keeps weights, and can't keep quantized ones\."):
+        draw(compile_model(quantize(model), "2"))
