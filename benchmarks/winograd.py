@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,11 @@ def time_one(shape: Shape, arguments: argparse.Namespace, winograd: Any) -> dict
     bias = torch.randn(outputs).to(dtype)
     runs: dict[str, Any] = {winograd.HOST: lambda: functional.conv2d(x, weight, bias, padding=1)}
     transform_s = {}
-    for form in winograd.forms("auto", dtype):
+    for form in winograd.forms("auto", dtype, True):
         began = time.perf_counter()
-        filters = winograd.transform_filters(weight, form)
+        filters = form.transform(weight)
         transform_s[str(form)] = time.perf_counter() - began
-        for block_bytes in arguments.block_bytes or [winograd.BLOCK_BYTES]:
-            name = f"{form}, blocks of {block_bytes / 2**20:g} MiB" if arguments.block_bytes else str(form)
-            runs[name] = lambda form=form, filters=filters, block_bytes=block_bytes: winograd.convolve(
-                x, filters, bias, form, memory_format, block_bytes
-            )
+        runs[str(form)] = partial(form.convolve, x, filters, bias, memory_format)
     exact = functional.conv2d(x.float(), weight.float(), bias.float(), padding=1)
     # Of the host in float32 this is its own rounding, which is far below ours.
     errors = {name: float((run().float() - exact).norm() / exact.norm()) for name, run in runs.items()}
@@ -97,7 +94,7 @@ def time_one(shape: Shape, arguments: argparse.Namespace, winograd: Any) -> dict
         "spread": {name: [min(taken), max(taken)] for name, taken in seconds.items()},
         "errors": errors,
         "transform_s": transform_s,
-        "filter_mib": {str(f): f.filter_bytes(weight) / 2**20 for f in winograd.forms("auto", dtype)},
+        "filter_mib": {str(f): f.filter_bytes(weight) / 2**20 for f in winograd.forms("auto", dtype, True)},
     }
 
 
@@ -144,7 +141,7 @@ def page(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
     settings = report["settings"]
     gain = next(iter(report["figures"].values()))[0]["gain"]
-    lines = ["# Winograd's convolutions\n"]
+    lines = ["# 3x3 convolutions on a processor\n"]
     layout = "channels-last" if settings["channels_last"] else "contiguous"
     lines.append(
         f"{settings['dtype']}, {layout}, batch {BATCH}; {described(report['machine'])}, {report['machine']['threads']} "
@@ -163,7 +160,7 @@ def page(report: dict[str, Any]) -> str:
             best = min(names, key=row["seconds"].__getitem__)
             is_chosen = row["seconds"][best] <= gain * row["seconds"]["host"]
             ours += row["number"] * (row["seconds"][best] if is_chosen else row["seconds"]["host"])
-            kept += row["number"] * row["filter_mib"][best.split(",")[0]] if is_chosen else 0
+            kept += row["number"] * row["filter_mib"][best] if is_chosen else 0
         errors = ", ".join(f"{name} {max(row['errors'][name] for row in rows):.1e}" for name in ["host", *names])
         lines.append(
             f"\nAll of them in one UNet call: {host:.2f} s by the host, {ours:.2f} s with what is chosen, "
@@ -182,7 +179,6 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--block-bytes", type=int, nargs="*", help="blocks to compare, in bytes")
     parser.add_argument("--output", type=Path, help="a folder for the figures and a page that shows them")
     arguments = parser.parse_args()
     load_all()

@@ -9,7 +9,7 @@ class SlipstreamAttention(io.ComfyNode):
     def define_schema(cls):
         return model_node(
             node_id="SlipstreamAttention",
-            display_name="Attention (Slipstream)",
+            display_name="Attention Backend (Slipstream)",
             description=(
                 "Which kernel computes attention, for this model alone: PyTorch's flash, efficient, cuDNN or math. "
                 "Where it does not serve a shape, ComfyUI's own does, and the node says so. For any model; on a CPU "

@@ -48,5 +48,5 @@ class SlipstreamCPU(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, winograd, bf16, sdpa):
-        chosen = None if winograd == OFF else Winograd(winograd)
+        chosen = None if winograd == OFF else Winograd(winograd, bf16)
         return speed_up(cls, model, chosen, bf16, sdpa)

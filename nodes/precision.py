@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import add, model_node, option
-from .methods.precision import DTYPES, SWITCH, Precision
+from .methods.precision import DTYPES, SCOPES, SWITCH, Precision
 
 
 class SlipstreamPrecision(io.ComfyNode):
@@ -47,9 +47,20 @@ class SlipstreamPrecision(io.ComfyNode):
                         "as it is set. Only where the model computes in fp32."
                     ),
                 ),
+                option(
+                    io.Combo,
+                    "scope",
+                    options=list(SCOPES),
+                    default=SCOPES[0],
+                    tooltip=(
+                        "model: all of it. transformers: only a UNet's transformers, on a CPU; convolutions stay in "
+                        "fp32, so that less is lost. For SD 1.x, SD 2.x, SDXL, SSD-1B and refiner models."
+                    ),
+                    advanced=True,
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, compute_dtype, channels_last, tf32):
-        return add(cls, model, Precision(compute_dtype, channels_last, tf32))
+    def execute(cls, model, compute_dtype, channels_last, tf32, scope):
+        return add(cls, model, Precision(compute_dtype, channels_last, tf32, scope))

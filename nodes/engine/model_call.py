@@ -86,9 +86,19 @@ class HostModelCall:
         return bool(patches.get(patch) or replacements.get(replacement))
 
     @contextlib.contextmanager
-    def computing_in(self, dtype: torch.dtype, layout: torch.memory_format | None) -> Iterator[Made]:
+    def computing_in(
+        self, dtype: torch.dtype, layout: torch.memory_format | None, only_transformers: bool
+    ) -> Iterator[Made]:
         host = self._host
-        casts = host.once((Casts, dtype, layout), lambda: Casts(host.module, host.device, host.hooked, dtype, layout))
+        around = host.dtype if only_transformers else None
+        casts = host.once(
+            (Casts, dtype, layout, around),
+            lambda: Casts(host.module, host.device, host.hooked, dtype, layout, around),
+        )
+        if only_transformers:
+            with casts.installed():
+                yield casts.made
+            return
         before = host.model.manual_cast_dtype
         try:
             # By it the host casts everything that goes into the model.

@@ -75,6 +75,7 @@ class Casts:
         hooked: names of weights that hooks may patch between two calls.
         dtype: what it is to compute in.
         layout: memory format of convolutions' weights, which decides that of their results; None leaves them.
+        around: None casts all; a dtype casts a UNet's transformers, and leaves what is around them in that.
     """
 
     def __init__(
@@ -84,8 +85,11 @@ class Casts:
         hooked: Collection[str],
         dtype: torch.dtype,
         layout: torch.memory_format | None,
+        around: torch.dtype | None = None,
     ):
         self.made = Made()
+        self._borders: list[tuple[nn.Module, str, nn.Module, _Border]] = []
+        within = _transformers(module) if around is not None else None
         self._copies: list[_Copy] = []
         self._cast_by_host: list[nn.Module] = []
         for path, inner in module.named_modules():
@@ -93,6 +97,10 @@ class Casts:
             if not hasattr(inner, "comfy_cast_weights") or not inner._parameters:
                 continue
             why = kept_as_is(inner, device)
+            if within is not None and inner not in within:
+                if why is None:
+                    self._add(path, inner, hooked, None, layout)
+                continue
             if why is None:
                 self._add(path, inner, hooked, dtype if device.type == "cpu" else None, layout)
                 if device.type == "cpu":
@@ -101,6 +109,11 @@ class Casts:
             if any(weight.dtype != dtype for weight in inner.parameters(recurse=False)):
                 self._cast_by_host.append(inner)
                 self.made.left[why] += 1
+        if around not in (None, dtype):
+            for parent, name, output in _borders(module):
+                inner = parent._modules[name]
+                assert inner is not None
+                self._borders.append((parent, name, inner, _Border(inner, dtype, around if output else None)))
 
     @torch.no_grad()
     def _add(
@@ -128,14 +141,19 @@ class Casts:
         copies = [copy for copy in self._copies if copy.module._parameters[copy.name] is not copy.weight]
         for copy in copies:
             copy.follow()
+        borders = [border for border in self._borders if border[0]._modules[border[1]] is border[2]]
         flags = [(module, module.__dict__.get("comfy_cast_weights")) for module in self._cast_by_host]
         try:
             for copy in copies:
                 copy.module._parameters[copy.name] = copy.weight
             for module, _ in flags:
                 module.__dict__["comfy_cast_weights"] = True
+            for parent, name, _, border in borders:
+                parent._modules[name] = border
             yield
         finally:
+            for parent, name, inner, _ in borders:
+                parent._modules[name] = inner
             for copy in copies:
                 copy.module._parameters[copy.name] = copy.original
             for module, flag in flags:
@@ -143,6 +161,46 @@ class Casts:
                     del module.__dict__["comfy_cast_weights"]
                 else:
                     module.__dict__["comfy_cast_weights"] = flag
+
+
+def _transformers(module: nn.Module) -> set[nn.Module]:
+    """What computes the transformers of a UNet, their projections included."""
+    found = [one for one in module.modules() if type(one) is host.SpatialTransformer]
+    parts: list[Any] = [part for one in found for part in (one.proj_in, one.proj_out, one.transformer_blocks)]
+    return {inner for part in parts for inner in part.modules()}
+
+
+def _borders(module: nn.Module) -> Iterator[tuple[Any, str, bool]]:
+    """Where values enter the transformers of a UNet and leave them: the parent, the name, and whether they leave."""
+    for one in module.modules():
+        if type(one) is host.SpatialTransformer:
+            yield one, "proj_in", False
+            yield one, "proj_out", True
+            blocks: Any = one.transformer_blocks
+            for block in blocks:
+                if block.attn2 is not None:
+                    yield block.attn2, "to_k", False
+                    yield block.attn2, "to_v", False
+
+
+class _Border(nn.Module):
+    """A projection between values of two dtypes.
+
+    Args:
+        inner: the projection.
+        dtype: what it computes in.
+        output: what its result is cast to; None leaves it.
+    """
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype, output: torch.dtype | None):
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x.to(self.dtype))
+        return y if self.output is None else y.to(self.output)
 
 
 class FusedSelfAttention(host.CrossAttention):

@@ -263,8 +263,10 @@ class ModelCall(Protocol):
     def has_self_attention_patches(self) -> bool:
         """Whether other nodes change or replace what self-attention is given."""
 
-    def computing_in(self, dtype: torch.dtype, layout: torch.memory_format | None) -> AbstractContextManager[Made]:
-        """Computes the call in another dtype, and its convolutions in another memory format."""
+    def computing_in(
+        self, dtype: torch.dtype, layout: torch.memory_format | None, only_transformers: bool
+    ) -> AbstractContextManager[Made]:
+        """Computes the call, or a UNet's transformers alone, in another dtype; convolutions in this memory format."""
 
     def attending(self, attend: Callable[[Attention], Tensor]) -> AbstractContextManager[None]:
         """Puts `attend` in the place of the host's attention."""

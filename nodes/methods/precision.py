@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import Configuration, Made, MethodRun, Model, ModelCall, Run, State, check_choice
+from .method import Configuration, Made, MethodRun, Model, ModelCall, Run, State, check_choice, check_unet
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SWITCH = ("auto", "on", "off")
+SCOPES = ("model", "transformers")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Precision(Configuration):
         has bf16 arithmetic, elsewhere what the host computes in.
     channels_last: ``on``, ``off``; ``auto``: on where a CPU computes in bf16, elsewhere as it is.
     tf32: ``on``, ``off``: whether a GPU may multiply float32 numbers at 11 bits; ``auto``: as it is.
+    scope: ``model``, or ``transformers``: the transformers of a UNet alone, on a processor. Its convolutions, and the
+        features that are handed from block to block, keep what the host computes in.
     """
 
     compute_dtype: str = "auto"
     channels_last: str = "auto"
     tf32: str = "auto"
+    scope: str = "model"
 
     stem = "precision"
     title = "Precision"
@@ -50,11 +54,19 @@ class Precision(Configuration):
         check_choice(self.title, "compute_dtype", self.compute_dtype, ("auto", *DTYPES))
         check_choice(self.title, "channels_last", self.channels_last, SWITCH)
         check_choice(self.title, "tf32", self.tf32, SWITCH)
+        check_choice(self.title, "scope", self.scope, SCOPES)
 
     def off(self) -> str | None:
         return None
 
     def check(self, model: Model) -> None:
+        if self.scope == "transformers":
+            check_unet(self.title, model, "Its transformers are all of it; set scope to model.")
+            if model.device != "cpu":
+                raise RuntimeError(
+                    f"{self.title}: scope transformers is for processors, but this model runs on {model.device}. Set "
+                    "scope to model."
+                )
         if self.compute_dtype == "fp16" and model.device == "cpu" and not has_fp16():
             raise RuntimeError(
                 f"{self.title}: this processor has no fp16 arithmetic, and PyTorch's stand-in for it takes about a "
@@ -165,7 +177,8 @@ class PrecisionRun(MethodRun):
     def layout(self, call: ModelCall, dtype: torch.dtype) -> torch.memory_format | None:
         """How a call's convolutions are to lie in memory; None leaves them."""
         if self.config.channels_last == "auto":
-            return torch.channels_last if call.device == "cpu" and dtype == torch.bfloat16 else None
+            is_faster = call.device == "cpu" and dtype == torch.bfloat16 and self.config.scope == "model"
+            return torch.channels_last if is_faster else None
         return torch.channels_last if self.config.channels_last == "on" else torch.contiguous_format
 
     def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
@@ -173,7 +186,7 @@ class PrecisionRun(MethodRun):
         layout = self.layout(call, dtype)
         is_switched = self.config.tf32 != "auto" and call.device == "cuda" and dtype == torch.float32
         with ExitStack() as stack:
-            made = stack.enter_context(call.computing_in(dtype, layout))
+            made = stack.enter_context(call.computing_in(dtype, layout, self.config.scope == "transformers"))
             if is_switched:
                 stack.enter_context(tf32(self.config.tf32 == "on"))
             output = run()
@@ -196,7 +209,8 @@ class PrecisionRun(MethodRun):
         ((before, dtype), calls), *_ = self.calls.most_common()
         did = []
         if dtype != before:
-            did.append(f"computed in {_name(dtype)} in place of {_name(before)} in {calls} calls of the model")
+            what = "the transformers" if self.config.scope == "transformers" else "the model"
+            did.append(f"computed in {_name(dtype)} in place of {_name(before)} in {calls} calls of {what}")
         if self.laid_out:
             did.append(f"convolutions channels-last in {self.laid_out} calls")
         if self.as_tf32:

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..compiling.tally import count
 from .method import Configuration, Convolution, MethodRun, Model, Run, State, check_choice, check_unet
@@ -91,18 +93,67 @@ class Form:
         """The size of the transformed filters of a weight (Cout, C, 3, 3)."""
         return weight.shape[0] * weight.shape[1] * self.tile**2 * self.products.itemsize
 
+    def transform(self, weight: Tensor) -> Filters:
+        """See `transform_filters`."""
+        return transform_filters(weight, self)
+
+    def stand_in(self, weight: Tensor) -> Filters:
+        """Filters that take as long to multiply with. Transforming them would take longer than measuring."""
+        return _laid_out(weight.new_ones(self.tile**2, *weight.shape[:2], dtype=self.products))
+
+    def convolve(self, x: Tensor, filters: Any, bias: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+        """See `convolve`."""
+        return convolve(x, filters, bias, self, memory_format)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """No variant of Winograd's: torch's own convolution, in another dtype and channels last.
+
+    Attributes:
+        dtype: what it computes in.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"direct in {_short(self.dtype)}"
+
+    def filter_bytes(self, weight: Tensor) -> int:
+        """The size of a weight in this dtype."""
+        return weight.numel() * self.dtype.itemsize
+
+    def transform(self, weight: Tensor) -> Tensor:
+        """The weight, (Cout, C, 3, 3), in this dtype."""
+        return weight.detach().to(self.dtype, memory_format=torch.channels_last)
+
+    stand_in = transform
+
+    def convolve(self, x: Tensor, filters: Any, bias: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+        """As `convolve`."""
+        low = x.to(self.dtype, memory_format=torch.channels_last)
+        y = functional.conv2d(low, filters, None if bias is None else bias.to(self.dtype), padding=1)
+        return y.to(x.dtype, memory_format=memory_format)
+
 
 FORMS = ("auto", "F(2x2)", "F(4x4)")
 """``auto`` measures them all, for each shape; the others are taken everywhere."""
 
 
-def forms(name: str, dtype: torch.dtype) -> tuple[Form, ...]:
-    """What a setting stands for, for inputs of a dtype.
+def forms(name: str, dtype: torch.dtype, may_be_bf16: bool = False) -> tuple[Form | Direct, ...]:
+    """What a setting stands for, for inputs of a dtype. Inputs in float32 may be convolved in bfloat16 if that is
+    allowed.
 
     Products in bfloat16 only with m = 2: with m = 4 their errors are five times those of the host's bfloat16.
     """
-    in_bfloat16 = (Form(2, torch.bfloat16),) if dtype == torch.bfloat16 else ()
-    return {"auto": (Form(2), Form(4), *in_bfloat16), "F(2x2)": (Form(2),), "F(4x4)": (Form(4),)}[name]
+    if name != "auto":
+        return (Form(2 if name == "F(2x2)" else 4),)
+    in_bfloat16: tuple[Form | Direct, ...] = ()
+    if dtype == torch.bfloat16:
+        in_bfloat16 = (Form(2, torch.bfloat16),)
+    elif dtype == torch.float32 and may_be_bf16:
+        in_bfloat16 = (Direct(torch.bfloat16),)
+    return (Form(2), Form(4), *in_bfloat16)
 
 
 # The transforms
@@ -292,14 +343,16 @@ def _length(part: slice) -> int:
 class Winograd(Configuration):
     """Attributes:
     form: one of `FORMS`. ``auto`` takes what is fastest for each shape here, or leaves the host's own convolution.
+    bf16: whether ``auto`` may take torch's convolution in bfloat16 for features in float32.
     """
 
     form: str = "auto"
+    bf16: bool = False
 
     stem = "winograd"
     title = "Winograd"
     phase = "weights"
-    is_exact = True
+    is_exact = False
 
     def __post_init__(self) -> None:
         check_choice(self.title, "form", self.form, FORMS)
@@ -324,17 +377,16 @@ class Choice:
     """What is used for one shape.
 
     Attributes:
-        form: None for the host's own convolution.
+        faster: what is faster than the host's own convolution, the fastest first: the first is used whose filters fit.
         seconds: what each took, by name, the host's as ``host``; empty if nothing was measured.
     """
 
-    form: Form | None
+    faster: tuple[Form | Direct, ...]
     seconds: Mapping[str, float]
 
-    @property
-    def saved_s(self) -> float:
-        """Seconds that a call is shorter than the host's."""
-        return self.seconds["host"] - self.seconds[str(self.form)] if self.form and self.seconds else 0.0
+    def saved_s(self, form: Form | Direct) -> float:
+        """Seconds that a call by this variant is shorter than the host's."""
+        return self.seconds[HOST] - self.seconds[str(form)] if self.seconds else 0.0
 
 
 HOST = "host"
@@ -367,16 +419,15 @@ def measure(
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def choose(call: Convolution, candidates: tuple[Form, ...]) -> Choice:
+def choose(call: Convolution, candidates: tuple[Form | Direct, ...]) -> Choice:
     """Measure the host's convolution and some forms of ours on a call, and take the fastest."""
     runs: dict[str, Callable[[], object]] = {HOST: call.host}
     for form in candidates:
-        # Transforming them would take longer than measuring.
-        filters = _laid_out(call.weight.new_ones(form.tile**2, *call.weight.shape[:2], dtype=form.products))
-        runs[str(form)] = partial(convolve, call.x, filters, call.bias, form, call.memory_format)
+        filters = form.stand_in(call.weight)
+        runs[str(form)] = partial(form.convolve, call.x, filters, call.bias, call.memory_format)
     seconds = measure(runs)
-    best = min(candidates, key=lambda form: seconds[str(form)])
-    return Choice(best if seconds[str(best)] <= GAIN * seconds[HOST] else None, seconds)
+    ranked = sorted(candidates, key=lambda form: seconds[str(form)])
+    return Choice(tuple(form for form in ranked if seconds[str(form)] <= GAIN * seconds[HOST]), seconds)
 
 
 class WinogradRun(MethodRun):
@@ -387,7 +438,7 @@ class WinogradRun(MethodRun):
         self.calls: Counter[str] = Counter()
         self.shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         self.choices: dict[Hashable, Choice] = {}
-        self.kept: dict[tuple[int, Form], int] = {}
+        self.kept: dict[tuple[int, Form | Direct], int] = {}
         self.saved_s = 0.0
         self.room = 0
         self.measured = 0
@@ -398,33 +449,35 @@ class WinogradRun(MethodRun):
         if call.is_patched:
             return self._by_host(call, PATCHED)
         # What its speed may depend on.
-        key = (call.x.shape, call.weight.shape, call.x.dtype, call.memory_format, torch.get_num_threads())
+        shape = (call.x.shape, call.weight.shape, call.x.dtype, call.memory_format)
+        key = (self.config, *shape, torch.get_num_threads())
         if key not in self.choices:
             self.choices[key] = self._choice(call, key)
         choice = self.choices[key]
-        form = choice.form
-        if form is None:
-            return self._by_host(call, HOST_IS_FASTER if choice.seconds else NO_ROOM)
-        filters = call.derived(form, form.filter_bytes(call.weight), partial(transform_filters, call.weight, form))
-        if filters is None:
-            return self._by_host(call, NO_ROOM)
-        with self.lock:
-            self._count(call, str(form))
-            self.saved_s += choice.saved_s
-            self.kept[call.weight.data_ptr(), form] = form.filter_bytes(call.weight)
-        return convolve(call.x, filters, call.bias, form, call.memory_format)
+        for form in choice.faster:
+            size = form.filter_bytes(call.weight)
+            filters = call.derived(form, size, partial(form.transform, call.weight))
+            if filters is None:
+                continue
+            with self.lock:
+                self._count(call, str(form))
+                self.saved_s += choice.saved_s(form)
+                self.kept[call.weight.data_ptr(), form] = size
+            return form.convolve(call.x, filters, call.bias, call.memory_format)
+        return self._by_host(call, HOST_IS_FASTER if choice.seconds and not choice.faster else NO_ROOM)
 
     def _choice(self, call: Convolution, key: Hashable) -> Choice:
         """What to use for a shape: as set, or as measured in this process."""
-        candidates = forms(self.config.form, call.x.dtype)
+        candidates = forms(self.config.form, call.x.dtype, self.config.bf16)
         if len(candidates) == 1:
-            return Choice(candidates[0], {})
+            return Choice(candidates, {})
 
         def make() -> Choice:
-            if sum(form.filter_bytes(call.weight) for form in candidates) > call.room:
-                return Choice(None, {})
+            fitting = tuple(form for form in candidates if form.filter_bytes(call.weight) <= call.room)
+            if not fitting:
+                return Choice((), {})
             began = time.perf_counter()
-            choice = choose(call, candidates)
+            choice = choose(call, fitting)
             with self.lock:
                 self.measured += 1
                 self.measured_s += time.perf_counter() - began

@@ -61,8 +61,13 @@ def open_page(server, browser, request) -> Iterator:
 
 
 @pytest.fixture(params=["classic", "vue"])
-def page(request, open_page) -> Page:
-    return open_page(request.param)
+def renderer(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def page(renderer, open_page) -> Page:
+    return open_page(renderer)
 
 
 @pytest.fixture

@@ -124,6 +124,55 @@ def test_bf16_on_a_cpu_computes_in_bf16(family):
     assert family == "SD20" or seen.of_attention == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_transformers_alone_compute_in_bf16_and_lose_less(family):
+    """Linear layers in them and their 1x1 projections; what goes from block to block stays fp32."""
+    model = hosted.model(family)
+    exact, weights = sample(model, steps=1), {key: value.clone() for key, value in model.model_state_dict().items()}
+    dtypes = {}
+
+    def note(path):
+        return lambda module, args, output: dtypes.setdefault(path, set()).update((args[0].dtype, output.dtype))
+
+    unet = model.model.diffusion_model
+    layers = {path: part for path, part in unet.named_modules() if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d))}
+    handles = [part.register_forward_hook(note(path)) for path, part in layers.items()]
+    changed = precision(model, scope="transformers")
+    result = sample(changed, steps=1)
+    for handle in handles:
+        handle.remove()
+    for path, seen in dtypes.items():
+        is_inside = "transformer_blocks" in path or path.endswith(("proj_in", "proj_out"))
+        assert seen == {torch.bfloat16 if is_inside else torch.float32}, path
+    error, of_all = relative_error(result, exact), relative_error(sample(precision(model), steps=1), exact)
+    print(f"{family}: transformers {error:.1e}, model {of_all:.1e}")
+    assert 0 < error < min(of_all, 5e-3)
+    assert not any(type(part).__name__ == "_Border" for part in unet.modules())
+    assert all(torch.equal(value, weights[key]) for key, value in model.model_state_dict().items())
+    assert torch.equal(sample(model, steps=1), exact)
+
+
+def test_the_transformers_alone_with_everything_else(model):
+    """Joined projections, graphs, LoRA, ControlNet and DeepCache, in two orders of wiring."""
+    changed, images = add_lora(model), []
+    nodes = [
+        lambda patcher: precision(patcher, "1", scope="transformers"),
+        lambda patcher: run_node("SlipstreamAttention", patcher, "2", backend="math", fuse_qkv=True),
+        lambda patcher: compile_model(patcher, "3"),
+        lambda patcher: run_node("SlipstreamDeepCache", patcher, "4", cache_interval=2),
+    ]
+    control = controlnet(model)
+    positive, negative = (with_control(prompt(model, seed), control, both=True) for seed in (10, 11))
+    for order in (nodes, nodes[::-1]):
+        patcher = changed
+        for node in order:
+            patcher = node(patcher)
+        images += [sample(patcher, positive, negative) for _ in range(2)]
+    assert all(torch.equal(image, images[0]) for image in images)
+    exact = sample(run_node("SlipstreamDeepCache", changed, "4", cache_interval=2), positive, negative)
+    assert 0 < relative_error(images[0], exact) < 1e-2
+
+
 @pytest.mark.parametrize("channels_last", ["on", "off"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_convolutions_lie_as_they_were_asked_to(dtype, channels_last, model):

@@ -21,8 +21,8 @@ class Call:
         self.device, self.dtype, self.made, self.asked = device, dtype, made or Made(), []
 
     @contextlib.contextmanager
-    def computing_in(self, dtype, layout):
-        self.asked.append((dtype, layout))
+    def computing_in(self, dtype, layout, only_transformers):
+        self.asked.append((dtype, layout, only_transformers) if only_transformers else (dtype, layout))
         yield self.made
 
 
@@ -226,3 +226,19 @@ def test_overflow_in_fp16_names_the_node_and_what_to_set():
     # It is not this node's doing where the host computes in it anyway, or where the range is fp32's.
     told(Call("cuda", torch.float16), overflown, compute_dtype="fp16")
     told(Call("cuda"), overflown, compute_dtype="bf16")
+
+
+def test_the_transformers_alone():
+    assert asked(Call(), compute_dtype="bf16", scope="transformers") == (torch.bfloat16, None, True)
+    run = begin(compute_dtype="bf16", scope="transformers")
+    run.apply_model(Call(), lambda: torch.zeros(1))
+    assert "computed in bf16 in place of fp32 in 1 calls of the transformers" in run.verdict()[1]
+
+
+def test_the_transformers_alone_are_for_unets_on_processors():
+    settings = Precision(scope="transformers")
+    settings.check(Model("SD15", "SD1", 320, 12, 25))
+    with pytest.raises(RuntimeError, match="scope transformers is for processors, but this model runs on cuda"):
+        settings.check(Model("SD15", "SD1", 320, 12, 25, device="cuda"))
+    with pytest.raises(RuntimeError, match="set scope to model"):
+        settings.check(Model("Flux", None, None, 0, 0))

@@ -15,6 +15,7 @@ from slipstream_pack.nodes.methods.winograd import (
     POINTS,
     TYPICAL,
     Choice,
+    Direct,
     Form,
     Winograd,
     choose,
@@ -205,8 +206,8 @@ class Convolution:
         return self.known[key]
 
 
-def begin(form="auto"):
-    return Winograd(form).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent))
+def begin(form="auto", bf16=False):
+    return Winograd(form, bf16).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent))
 
 
 def test_measuring_in_turn_leaves_out_what_is_far_behind():
@@ -222,16 +223,18 @@ def test_measuring_in_turn_leaves_out_what_is_far_behind():
     assert called == [HOST, "good", "slow"] * 2 + [HOST, "good"] * 2
 
 
-@pytest.mark.parametrize(("theirs", "winner"), [(3.0, "F(4x4)"), (1.0, None), (1.04, None)])
-def test_the_hosts_own_stays_where_it_is_as_fast(theirs, winner, monkeypatch):
+@pytest.mark.parametrize(("theirs", "winners"), [(3.0, ["F(4x4)", "F(2x2)"]), (1.0, []), (1.04, [])])
+def test_the_hosts_own_stays_where_it_is_as_fast(theirs, winners, monkeypatch):
     monkeypatch.setattr(winograd, "measure", lambda runs: {HOST: theirs, "F(2x2)": 2.0, "F(4x4)": 1.0})
     choice = choose(Convolution(), forms("auto", torch.float32))
-    assert (choice.form and str(choice.form)) == winner
-    assert choice.saved_s == (2.0 if winner else 0.0)
+    assert [str(form) for form in choice.faster] == winners
+    assert [choice.saved_s(form) for form in choice.faster] == [2.0, 1.0][: len(winners)]
 
 
-def test_products_in_bfloat16_are_for_bfloat16_and_the_small_form():
+def test_bfloat16_is_for_features_in_it_and_the_small_form_or_as_allowed():
     assert forms("auto", torch.float32) == (Form(2), Form(4))
+    assert forms("auto", torch.float32, True) == (Form(2), Form(4), Direct(torch.bfloat16))
+    assert forms("F(4x4)", torch.float32, True) == (Form(4),)
     assert forms("auto", torch.bfloat16) == (Form(2), Form(4), Form(2, torch.bfloat16))
     assert [str(form) for form in ALL] == ["F(2x2)", "F(4x4)", "F(2x2) in bf16"]
     assert all(forms(name, torch.float32) for name in FORMS)
@@ -242,7 +245,7 @@ def test_a_choice_is_measured_once_and_stays(monkeypatch):
 
     def chosen(call, candidates):
         counted.append(call)
-        return Choice(Form(4), {HOST: 3.0, "F(4x4)": 1.0})
+        return Choice((Form(4),), {HOST: 3.0, "F(4x4)": 1.0})
 
     monkeypatch.setattr(winograd, "choose", chosen)
     known = {}
@@ -260,12 +263,39 @@ def test_a_choice_is_measured_once_and_stays(monkeypatch):
 
 
 def test_where_the_host_is_faster_its_own_bits_come_and_the_verdict_says_so(monkeypatch):
-    monkeypatch.setattr(winograd, "choose", lambda *_: Choice(None, {HOST: 1.0}))
+    monkeypatch.setattr(winograd, "choose", lambda *_: Choice((), {HOST: 1.0}))
     run, call = begin(), Convolution()
     assert torch.equal(run.convolution(call), call.host())
     state, text = run.verdict()
     assert state == "inert"
     assert text == "no 3x3 convolution was replaced; ComfyUI's own for 1 shape (1 call): it is faster"
+
+
+def test_what_fits_is_taken_where_the_fastest_does_not(monkeypatch):
+    faster = (Form(4), Direct(torch.bfloat16))
+    seconds = {HOST: 3.0, **dict.fromkeys(map(str, faster), 1.0)}
+    monkeypatch.setattr(winograd, "choose", lambda *_: Choice(faster, seconds))
+    run, call = begin(bf16=True), Convolution(room=8 * 8 * 9 * 2)
+    assert torch.equal(run.convolution(call), convolve_directly(call))
+    assert "direct in bf16 for 1 shape (1 call)" in run.verdict()[1]
+
+
+def convolve_directly(call):
+    direct = Direct(torch.bfloat16)
+    return direct.convolve(call.x, direct.transform(call.weight), call.bias, call.memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_directly_in_bfloat16_the_error_is_that_of_bfloat16(memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, 9, 11, generator=generator).to(memory_format=memory_format)
+    weight, bias = torch.randn(32, 64, 3, 3, generator=generator) / 24, torch.randn(32, generator=generator)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    direct = Direct(torch.bfloat16)
+    y = direct.convolve(x, direct.transform(weight), bias, memory_format)
+    assert y.dtype == torch.float32
+    assert y.is_contiguous(memory_format=memory_format)
+    assert 1e-4 < float((y - exact).norm() / exact.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -300,7 +330,7 @@ def test_it_is_measured_for_real():
     (choice,) = call.known.values()
     assert HOST in choice.seconds
     torch.testing.assert_close(y, call.host(), rtol=1e-4, atol=1e-4)
-    assert "measured 1 shape " in run.verdict()[1] or choice.form is None
+    assert "measured 1 shape " in run.verdict()[1] or not choice.faster
 
 
 def test_settings_and_models():
