@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from math import ceil, prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ a processor's cache may hold until the products have read them."""
 
 GAIN = 0.95
 """At most this share of the host's time, or its own convolution stays."""
+SPARING = 1.15
+"""How many times as long as Winograd's forms torch's convolution in bfloat16 may take: theirs takes 8 times its memory."""
 ROUNDS = 3
 BEHIND = 1.3
 """What takes this many times as long as the fastest is not measured again."""
@@ -93,6 +95,8 @@ class Form:
         """The size of the transformed filters of a weight (Cout, C, 3, 3)."""
         return weight.shape[0] * weight.shape[1] * self.tile**2 * self.products.itemsize
 
+    memory_costs: ClassVar[float] = SPARING
+
     def transform(self, weight: Tensor) -> Filters:
         """See `transform_filters`."""
         return transform_filters(weight, self)
@@ -115,6 +119,7 @@ class Direct:
     """
 
     dtype: torch.dtype = torch.bfloat16
+    memory_costs: ClassVar[float] = 1.0
 
     def __str__(self) -> str:
         return f"direct in {_short(self.dtype)}"
@@ -377,7 +382,7 @@ class Choice:
     """What is used for one shape.
 
     Attributes:
-        faster: what is faster than the host's own convolution, the fastest first: the first is used whose filters fit.
+        faster: what is faster than the host's own convolution, the best first: the first is used whose filters fit.
         seconds: what each took, by name, the host's as ``host``; empty if nothing was measured.
     """
 
@@ -426,7 +431,7 @@ def choose(call: Convolution, candidates: tuple[Form | Direct, ...]) -> Choice:
         filters = form.stand_in(call.weight)
         runs[str(form)] = partial(form.convolve, call.x, filters, call.bias, call.memory_format)
     seconds = measure(runs)
-    ranked = sorted(candidates, key=lambda form: seconds[str(form)])
+    ranked = sorted(candidates, key=lambda form: seconds[str(form)] * form.memory_costs)
     return Choice(tuple(form for form in ranked if seconds[str(form)] <= GAIN * seconds[HOST]), seconds)
 
 

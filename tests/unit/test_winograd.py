@@ -231,6 +231,13 @@ def test_the_hosts_own_stays_where_it_is_as_fast(theirs, winners, monkeypatch):
     assert [choice.saved_s(form) for form in choice.faster] == [2.0, 1.0][: len(winners)]
 
 
+@pytest.mark.parametrize(("direct", "first"), [(1.1, "direct in bf16"), (1.2, "F(4x4)")])
+def test_what_takes_little_memory_may_take_a_little_longer(direct, first, monkeypatch):
+    seconds = {HOST: 3.0, "F(2x2)": 2.0, "F(4x4)": 1.0, "direct in bf16": direct}
+    monkeypatch.setattr(winograd, "measure", lambda runs: seconds)
+    assert str(choose(Convolution(), forms("auto", torch.float32, True)).faster[0]) == first
+
+
 def test_bfloat16_is_for_features_in_it_and_the_small_form_or_as_allowed():
     assert forms("auto", torch.float32) == (Form(2), Form(4))
     assert forms("auto", torch.float32, True) == (Form(2), Form(4), Direct(torch.bfloat16))
