@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from .engine import model_node, option
 from .engine.cpu import speed_up
-from .methods.winograd import FORMS, Winograd
+from .methods.winograd import FORMS
 
 OFF = "off"
 
@@ -15,8 +15,8 @@ class SlipstreamCPU(io.ComfyNode):
             display_name="CPU (Slipstream)",
             description=(
                 "Everything that makes a model faster on a processor (ComfyUI with --cpu): Winograd's 3x3 "
-                "convolutions, computing in bfloat16 with channels-last features, and torch's own attention, each only "
-                "where it is faster here. A node of its own for one of them wins over this one, wherever it is wired."
+                "convolutions, computing in bfloat16, and torch's own attention. Each convolution runs as is fastest "
+                "here. A node of its own for one of them, wherever it is wired, wins over this one."
             ),
             aliases=["cpu", "winograd", "processor", "bf16", "channels last", "sdpa", "faster"],
             options=[
@@ -28,14 +28,18 @@ class SlipstreamCPU(io.ComfyNode):
                     tooltip=(
                         "3x3 convolutions with fewer multiplications. auto measures, once after each start and for "
                         "each shape, what is fastest here, ComfyUI's own included. F(2x2) and F(4x4) are taken "
-                        "everywhere, unmeasured: the same bits after each start. Of the two, F(2x2) rounds less."
+                        "everywhere, unmeasured: the same bits after each start if memory allows. F(2x2) rounds less."
                     ),
                 ),
                 option(
                     io.Boolean,
                     "bf16",
                     default=True,
-                    tooltip="Compute in bfloat16, channels-last, where the processor has instructions for it.",
+                    tooltip=(
+                        "Compute transformers in bfloat16 where the processor has instructions for it, and "
+                        "convolutions that are fastest so. What goes from block to block stays in float32. With "
+                        "winograd off: all of it."
+                    ),
                 ),
                 option(
                     io.Boolean,
@@ -48,5 +52,4 @@ class SlipstreamCPU(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, winograd, bf16, sdpa):
-        chosen = None if winograd == OFF else Winograd(winograd, bf16)
-        return speed_up(cls, model, chosen, bf16, sdpa)
+        return speed_up(cls, model, None if winograd == OFF else winograd, bf16, sdpa)

@@ -98,11 +98,31 @@ class Override:
                 function, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **more
             )
             scale, has_fewer = more.get("scale"), bool(more.get("enable_gqa"))
-            return self.attend(
-                Attention(q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host)
-            )
+            dtype = q.dtype
+            if attn_precision is not None:
+                q, k, v = (one.to(attn_precision) for one in (q, k, v))
+            call = Attention(q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host)
+            return self.attend(call).to(dtype)
 
         return ours(*args, **kwargs) if self.before is None else self.before(ours, *args, **kwargs)
+
+
+def replaced_in(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
+    """Transformer options with which what replaces attention gets q, k and v in a dtype, whatever the model computes
+    in: IPAdapter and its like bring keys and values of their own, in the dtype that the host computes in."""
+    replacements: dict[str, Any] = options.get("patches_replace") or {}
+    kinds = [kind for kind in ("attn1", "attn2") if replacements.get(kind)]
+    if not kinds:
+        return options
+
+    def cast(replace: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any) -> torch.Tensor:
+            return replace(q.to(dtype), k.to(dtype), v.to(dtype), *more).to(q.dtype)
+
+        return replaced
+
+    ours = {kind: {place: cast(replace) for place, replace in replacements[kind].items()} for kind in kinds}
+    return {**options, "patches_replace": {**replacements, **ours}}
 
 
 def is_overridden(options: dict[str, Any]) -> bool:

@@ -195,6 +195,8 @@ class CompiledUNetCall:
             return "the model is given further inputs"
         if attention.is_overridden(call.options):
             return "another node overrides its attention"
+        if attention.OVERRIDE in call.options and self.compiler.settings.records_cuda_graphs:
+            return "CUDA graphs would keep the kernel that Attention Backend chose"
         for name in ("patches", "patches_replace"):
             found = sorted(kind for kind, entries in (call.options.get(name) or {}).items() if entries)
             if found:

@@ -7,19 +7,18 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..methods.method import Configuration
+from ..methods.precision import has_bf16
 from . import models, registry
 from .node import pass_through, suggest
 
 
-def speed_up(
-    node: type[io.ComfyNode], model: Any, winograd: Configuration | None, bf16: bool, sdpa: bool
-) -> io.NodeOutput:
+def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: bool, sdpa: bool) -> io.NodeOutput:
     """The node's output.
 
     Args:
         node: the node class.
         model: ModelPatcher.
-        winograd: Winograd's settings; None for none.
+        winograd: the form of Winograd's convolutions; None for none.
         bf16: compute in bfloat16 where the processor has it. With Winograd's convolutions, the transformers only: they
             are as fast in float32, and lose nothing.
         sdpa: torch's own attention in the place of the host's.
@@ -30,7 +29,10 @@ def speed_up(
     about = models.describe(model, model.model_options)
     if about.device != "cpu":
         return pass_through(node, model, f"this model runs on {about.device}, and this node is for processors")
-    wanted = [] if winograd is None or not about.is_unet else [winograd]
+    wanted: list[Configuration] = []
+    if winograd is not None and about.is_unet:
+        # Elsewhere a convolution in bf16 takes many times as long, and so does measuring it.
+        wanted.append(registry.configuration("winograd", form=winograd, bf16=bf16 and has_bf16()))
     # Both have `auto` for what a processor gains by.
     if bf16:
         wanted.append(registry.configuration("precision", scope="transformers" if wanted else "model"))

@@ -29,11 +29,15 @@ class HostModel:
     Args:
         model: BaseModel, loaded.
         keeper: holds what may outlive the run.
+        is_one_of_several: whether copies of it run on other devices at the same time.
     """
 
-    def __init__(self, model: Any, keeper: artifacts.Keeper):
+    def __init__(self, model: Any, keeper: artifacts.Keeper, is_one_of_several: bool = False):
         self.model = model
+        self.is_one_of_several = is_one_of_several
         self.module: torch.nn.Module = model.diffusion_model
+        # As they are between calls: in one, modules may stand in for others.
+        self.paths = {part: path for path, part in self.module.named_modules()}
         self.keeper = keeper
         self.patcher = model.current_patcher
         self.device: torch.device = self.patcher.load_device
@@ -76,6 +80,10 @@ class HostModelCall:
         return self._host.dtype
 
     @property
+    def is_one_of_several(self) -> bool:
+        return self._host.is_one_of_several
+
+    @property
     def is_attention_overridden(self) -> bool:
         return attention.is_overridden(self.options)
 
@@ -95,18 +103,18 @@ class HostModelCall:
             (Casts, dtype, layout, around),
             lambda: Casts(host.module, host.device, host.hooked, dtype, layout, around),
         )
-        if only_transformers:
-            with casts.installed():
-                yield casts.made
-            return
-        before = host.model.manual_cast_dtype
+        before, options = host.model.manual_cast_dtype, self.options
         try:
-            # By it the host casts everything that goes into the model.
-            host.model.manual_cast_dtype = dtype
+            if host.dtype != dtype:
+                self.options = attention.replaced_in(host.dtype, options)
+            if not only_transformers:
+                # By it the host casts everything that goes into the model.
+                host.model.manual_cast_dtype = dtype
             with casts.installed():
                 yield casts.made
         finally:
             host.model.manual_cast_dtype = before
+            self.options = options
 
     @contextlib.contextmanager
     def quantizing(self, quantizer: Quantizer) -> Iterator[Quantized]:

@@ -83,21 +83,21 @@ class QuantizedLayers:
         self._host = host
         self._quantizer = quantizer
         self._dtype = dtype
-        self._kept = kept.of((host.patcher.patches_uuid, dtype, host.device))
         self._is_installed = False
         self._layers = list(self._chosen())
+        # Another method may have cast some of them for this call.
+        dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
+        self._kept = kept.of((host.patcher.patches_uuid, dtype, dtypes, host.device))
         self.made.modules = len(self._layers)
         self.made.hooked = sum(layer.is_hooked for layer in self._layers)
         self._quantize_all()
 
     def _chosen(self) -> Iterator[_Layer]:
-        module, hooked = self._host.module, self._host.hooked
+        paths, hooked = self._host.paths, self._host.hooked
         blocks = tuple(
-            f"{path}."
-            for path, part in module.named_modules()
-            if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
+            f"{path}." for part, path in paths.items() if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
         )
-        for path, layer in module.named_modules():
+        for layer, path in paths.items():
             if not isinstance(layer, nn.Linear):
                 continue
             why = _unsuited(layer) or self._quantizer.leaves_out(path, layer, path.startswith(blocks))

@@ -147,7 +147,8 @@ class SamplingRun:
         model_sampling = self.guider.model_patcher.get_model_object("model_sampling")
         model = models.describe(self.guider.model_patcher, self.guider.model_options)
         is_compiled = model.compiler is not None or any(entry.config.phase == "compile" for entry in self.plan.entries)
-        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)), is_compiled)
+        plan = tuple(entry.config for entry in self.plan.entries)
+        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)), is_compiled, plan)
         for entry in self.plan.entries:
             entry.check_agreed()
             try:
@@ -300,9 +301,8 @@ class SamplingRun:
 
         with self.lock:
             if id(model) not in self.host_models:
-                self.host_models[id(model)] = HostModel(
-                    model, self.guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
-                )
+                keeper = self.guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
+                self.host_models[id(model)] = HostModel(model, keeper, bool(copies))
             return self.host_models[id(model)]
 
     def diffusion_model(

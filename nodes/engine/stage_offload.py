@@ -48,7 +48,9 @@ def _patchers_in(value: Any) -> Iterator[Any]:
             yield from _patchers_in(inner)
         return
     get_models = getattr(value, "get_models", None)
-    found = [value, getattr(value, "patcher", None), getattr(value, "model_patcher", None)]
+    # A guider may have a second model, and ControlNets in its conditionings.
+    yield from _patchers_in(getattr(value, "original_conds", None))
+    found = [value, *(getattr(value, name, None) for name in ("patcher", "model_patcher", "uncond_model_patcher"))]
     found += get_models() if callable(get_models) else []
     for patcher in found:
         if isinstance(patcher, ModelPatcher):

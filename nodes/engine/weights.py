@@ -143,6 +143,7 @@ class Casts:
             copy.follow()
         borders = [border for border in self._borders if border[0]._modules[border[1]] is border[2]]
         flags = [(module, module.__dict__.get("comfy_cast_weights")) for module in self._cast_by_host]
+        lowvram = {module for module, _ in flags if "prev_comfy_cast_weights" in module.__dict__}
         try:
             for copy in copies:
                 copy.module._parameters[copy.name] = copy.weight
@@ -157,7 +158,12 @@ class Casts:
             for copy in copies:
                 copy.module._parameters[copy.name] = copy.original
             for module, flag in flags:
-                if flag is None:
+                if "prev_comfy_cast_weights" in module.__dict__ and module not in lowvram:
+                    # The host took it off the device meanwhile. It casts from now on, and what it was before is ours.
+                    module.__dict__["prev_comfy_cast_weights"] = (
+                        type(module).comfy_cast_weights if flag is None else flag
+                    )
+                elif flag is None:
                     del module.__dict__["comfy_cast_weights"]
                 else:
                     module.__dict__["comfy_cast_weights"] = flag
@@ -178,9 +184,11 @@ def _borders(module: nn.Module) -> Iterator[tuple[Any, str, bool]]:
             yield one, "proj_out", True
             blocks: Any = one.transformer_blocks
             for block in blocks:
-                if block.attn2 is not None:
-                    yield block.attn2, "to_k", False
-                    yield block.attn2, "to_v", False
+                # The first attends to the prompt too where it is no self-attention.
+                for attention in (block.attn1 if block.disable_self_attn else None, block.attn2):
+                    if attention is not None:
+                        yield attention, "to_k", False
+                        yield attention, "to_v", False
 
 
 class _Border(nn.Module):

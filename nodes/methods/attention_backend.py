@@ -74,10 +74,6 @@ class NoKernelError(RuntimeError):
     """A kernel cannot compute this attention."""
 
 
-# torch's choice of kernels is the process's, not the thread's.
-_choosing = threading.Lock()
-
-
 def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
     """Scaled dot product attention by PyTorch.
 
@@ -101,7 +97,8 @@ def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
         while mask.ndim < 4:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
     try:
-        with nullcontext() if kernel is None else _choosing, nullcontext() if kernel is None else sdpa_kernel(kernel):
+        # The choice is the process's, not the thread's: only where one thread computes.
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
             output = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.has_fewer_kv_heads
             )
@@ -123,6 +120,7 @@ class AttentionBackendRun(MethodRun):
         self.lacking: set[Hashable] = set()
         self.calls = 0
         self.overridden = 0
+        self.is_one_of_several = False
         self.patched = 0
         self.made: dict[int, Made] = {}
         # The host samples on several GPUs in threads; counts are shared between them.
@@ -132,6 +130,7 @@ class AttentionBackendRun(MethodRun):
         with self.lock:
             self.calls += 1
             self.overridden += call.is_attention_overridden
+            self.is_one_of_several = call.is_one_of_several
             self.patched += call.has_self_attention_patches
         with ExitStack() as stack:
             if self.config.backend != "host":
@@ -165,6 +164,9 @@ class AttentionBackendRun(MethodRun):
         device, backend = call.q.device.type, self.config.backend
         if self.kernel is None and call.host_name not in SLOW:
             return "which is a kernel already"
+        if self.kernel is not None and self.is_one_of_several:
+            # What the other threads compute meanwhile, ControlNets too, would have to do with that kernel.
+            return "since PyTorch's choice is the whole process's, and several devices compute at once"
         if self.kernel is not None and device not in CHOOSING:
             return f"since on {device} PyTorch lets none be chosen"
         if call.q.shape[0] > MAX_BATCH:

@@ -112,12 +112,14 @@ class Run:
         steps: the run's steps.
         percent_to_sigma: noise level at a fraction of the training timesteps, 0 the noisiest.
         is_compiled: whether something compiles the model in this run.
+        plan: the settings of all methods that take part in it.
     """
 
     model: Model
     steps: Steps
     percent_to_sigma: Callable[[float], float]
     is_compiled: bool = False
+    plan: tuple[Configuration, ...] = ()
 
     def sigma_range(self, start_percent: float, end_percent: float) -> Callable[[float], bool]:
         """Whether a sigma lies between two fractions of the training timesteps, ends included."""
@@ -254,6 +256,10 @@ class ModelCall(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """What the host computes in."""
+
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether the host samples with copies of this model on other devices at the same time."""
 
     @property
     def is_attention_overridden(self) -> bool:

@@ -62,7 +62,8 @@ a processor's cache may hold until the products have read them."""
 GAIN = 0.95
 """At most this share of the host's time, or its own convolution stays."""
 SPARING = 1.15
-"""How many times as long as Winograd's forms torch's convolution in bfloat16 may take: theirs takes 8 times its memory."""
+"""How many times as long as Winograd's forms torch's convolution in bfloat16 may take, which takes an eighth of their
+memory."""
 ROUNDS = 3
 BEHIND = 1.3
 """What takes this many times as long as the fastest is not measured again."""
@@ -154,7 +155,7 @@ def forms(name: str, dtype: torch.dtype, may_be_bf16: bool = False) -> tuple[For
     if name != "auto":
         return (Form(2 if name == "F(2x2)" else 4),)
     in_bfloat16: tuple[Form | Direct, ...] = ()
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and has_bf16_products():
         in_bfloat16 = (Form(2, torch.bfloat16),)
     elif dtype == torch.float32 and may_be_bf16:
         in_bfloat16 = (Direct(torch.bfloat16),)
@@ -230,6 +231,11 @@ def has_onednn() -> bool:
     names = ("_reorder_linear_weight", "_linear_pointwise")
     is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return is_built and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def has_bf16_products() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor; elsewhere it refuses to lay filters out for that."""
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()) or not has_onednn()
 
 
 def transform_filters(weight: Tensor, form: Form) -> Filters:
@@ -361,6 +367,9 @@ class Winograd(Configuration):
 
     def __post_init__(self) -> None:
         check_choice(self.title, "form", self.form, FORMS)
+        if self.form != "auto":
+            # It means nothing then, and settings that mean the same are equal.
+            object.__setattr__(self, "bf16", False)
 
     def off(self) -> str | None:
         return None
@@ -374,7 +383,9 @@ class Winograd(Configuration):
             )
 
     def begin(self, run: Run) -> WinogradRun:
-        return WinogradRun(self)
+        # Who set a model to fp32 means its convolutions too.
+        is_fp32 = any(getattr(config, "compute_dtype", None) == "fp32" for config in run.plan)
+        return WinogradRun(self, self.bf16 and not is_fp32)
 
 
 @dataclass(frozen=True)
@@ -438,8 +449,9 @@ def choose(call: Convolution, candidates: tuple[Form | Direct, ...]) -> Choice:
 class WinogradRun(MethodRun):
     """Takes each convolution's call, and counts what ran how."""
 
-    def __init__(self, config: Winograd):
+    def __init__(self, config: Winograd, may_be_bf16: bool = False):
         self.config = config
+        self.may_be_bf16 = may_be_bf16
         self.calls: Counter[str] = Counter()
         self.shapes: dict[str, set[tuple[int, ...]]] = defaultdict(set)
         self.choices: dict[Hashable, Choice] = {}
@@ -453,9 +465,9 @@ class WinogradRun(MethodRun):
     def convolution(self, call: Convolution) -> Tensor:
         if call.is_patched:
             return self._by_host(call, PATCHED)
-        # What its speed may depend on.
-        shape = (call.x.shape, call.weight.shape, call.x.dtype, call.memory_format)
-        key = (self.config, *shape, torch.get_num_threads())
+        # What its speed may depend on; not the batch, which the host makes smaller as memory goes: bits would follow.
+        shape = (call.x.shape[1:], call.weight.shape, call.x.dtype, call.memory_format)
+        key = (self.config.form, self.may_be_bf16, *shape, torch.get_num_threads())
         if key not in self.choices:
             self.choices[key] = self._choice(call, key)
         choice = self.choices[key]
@@ -473,7 +485,7 @@ class WinogradRun(MethodRun):
 
     def _choice(self, call: Convolution, key: Hashable) -> Choice:
         """What to use for a shape: as set, or as measured in this process."""
-        candidates = forms(self.config.form, call.x.dtype, self.config.bf16)
+        candidates = forms(self.config.form, call.x.dtype, self.may_be_bf16)
         if len(candidates) == 1:
             return Choice(candidates, {})
 
@@ -507,7 +519,7 @@ class WinogradRun(MethodRun):
         parts = [f"{how} for {self._counted(how)}" for how in ours]
         parts += [f"ComfyUI's own for {self._counted(how)}: {why}" for how, why in REASONS.items() if how in self.calls]
         if NO_ROOM in self.calls:
-            parts[-1] += f" ({self.room / MIB:.0f} MiB, half of what was free)"
+            parts[-1] += f" ({self.room / MIB:.0f} MiB, half of what was to spare)"
         if not ours:
             return "inert", "; ".join(["no 3x3 convolution was replaced", *parts])
         number, total = sum(self.calls[how] for how in ours), sum(self.calls.values())

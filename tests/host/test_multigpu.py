@@ -31,7 +31,7 @@ REQUIRED = {
     "SlipstreamCompileModel": {"backend": {"backend": "eager"}},
     # In bf16, batches of two and of one differ by more than what is looked for here.
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
-    "SlipstreamAttention": {"backend": "math", "fuse_qkv": True},
+    "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
     # Quantized activations of batches of two and of one may round to neighbours.
     "SlipstreamQuantize": {"scheme": "int8 weight-only", "min_features": 0},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import hosted
 import pytest
@@ -171,6 +172,25 @@ def test_the_transformers_alone_with_everything_else(model):
     assert all(torch.equal(image, images[0]) for image in images)
     exact = sample(run_node("SlipstreamDeepCache", changed, "4", cache_interval=2), positive, negative)
     assert 0 < relative_error(images[0], exact) < 1e-2
+
+
+@pytest.mark.parametrize("scope", ["model", "transformers"])
+def test_what_replaces_attention_gets_what_it_expects(scope, model):
+    """As IPAdapter: keys and values of its own, in the dtype that the host computes in."""
+    own, replaced = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2)), model.clone()
+    dtypes = set()
+
+    def replace(q, k, v, extra):
+        dtypes.update((q.dtype, k.dtype, v.dtype))
+        keys = own[..., : q.shape[-1]].expand(q.shape[0], -1, -1)
+        plain = comfy.ldm.modules.attention.optimized_attention
+        return plain(q, k, v, extra["n_heads"]) + plain(q, keys, keys, extra["n_heads"])
+
+    for block in (("input", 1), ("output", 3)):
+        replaced.set_model_attn2_replace(replace, *block)
+    exact = sample(replaced, steps=1)
+    assert relative_error(sample(precision(replaced, scope=scope), steps=1), exact) < 1e-2
+    assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("channels_last", ["on", "off"])

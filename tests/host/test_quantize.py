@@ -91,6 +91,25 @@ def test_hooks_are_followed(scheme, strengths, model, last_lines):
     assert torch.equal(draw(model, positive), exact)
 
 
+def test_with_transformers_in_bf16_hooks_are_followed_and_nothing_is_taken_from_other_runs(model):
+    """Another dtype, and modules that stand in for others: both are none of what an earlier run kept."""
+
+    def lower(patcher):
+        return run_node("SlipstreamPrecision", patcher, "2", compute_dtype="bf16", scope="transformers")
+
+    plain, hooked = hosted.prompt(model, 10), hooked_prompt(model)
+    quantized, both = quantize(model, scheme="fp8 weight-only"), lower(quantize(model, scheme="fp8 weight-only"))
+    alone, low = draw(quantized, plain), draw(both, plain)
+    assert not torch.equal(alone, low)
+    with_hooks = draw(both, hooked)
+    assert relative_error(with_hooks, draw(model, hooked)) < 1.5 * relative_error(low, draw(model, hooked))
+    assert relative_error(with_hooks, draw(model, hooked)) < 0.1
+    for _ in range(2):
+        assert torch.equal(draw(quantized, plain), alone)
+        assert torch.equal(draw(both, plain), low)
+        assert torch.equal(draw(both, hooked), with_hooks)
+
+
 def interrupt():
     raise comfy.model_management.InterruptProcessingException
 

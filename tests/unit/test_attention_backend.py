@@ -137,6 +137,7 @@ def test_threads_leave_the_choice_of_kernels_as_it_was():
 
 class Call:
     is_attention_overridden = False
+    is_one_of_several = False
     has_self_attention_patches = False
 
     def __init__(self, made=None):
@@ -224,6 +225,15 @@ def test_devices_and_batches_that_no_kernel_can_be_chosen_for(monkeypatch):
     run = begin()
     run_with(run, attention())
     assert "since auto takes no batches above 1" in run.verdict()[1]
+
+
+def test_no_kernel_is_forced_while_other_devices_compute():
+    """The choice is the process's: what another thread computes meanwhile would have to do with it."""
+    for backend, is_forced in (("math", True), ("auto", False)):
+        run, call = begin(backend), Call()
+        call.is_one_of_several = True
+        run_with(run, attention(), call=call)
+        assert ("several devices compute at once" in run.verdict()[1]) == is_forced
 
 
 def test_nothing_to_do_is_told_with_the_reason():

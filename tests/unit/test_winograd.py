@@ -8,6 +8,7 @@ import pytest
 import torch
 from slipstream_pack.nodes.methods import winograd
 from slipstream_pack.nodes.methods.method import Model, Run, Steps
+from slipstream_pack.nodes.methods.precision import Precision
 from slipstream_pack.nodes.methods.winograd import (
     ERROR,
     FORMS,
@@ -269,6 +270,18 @@ def test_a_choice_is_measured_once_and_stays(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("settings", "is_allowed"), [((), True), (("auto",), True), (("fp32",), False)])
+def test_who_sets_a_model_to_fp32_means_its_convolutions_too(settings, is_allowed):
+    plan = tuple(Precision(dtype, scope="transformers") for dtype in settings)
+    run = Winograd(bf16=True).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent, plan=plan))
+    assert run.may_be_bf16 == is_allowed
+
+
+def test_settings_that_mean_the_same_are_equal():
+    assert Winograd("F(4x4)", True) == Winograd("F(4x4)", False)
+    assert Winograd("auto", True) != Winograd("auto", False)
+
+
 def test_where_the_host_is_faster_its_own_bits_come_and_the_verdict_says_so(monkeypatch):
     monkeypatch.setattr(winograd, "choose", lambda *_: Choice((), {HOST: 1.0}))
     run, call = begin(), Convolution()
@@ -312,7 +325,7 @@ def test_without_memory_for_filters_the_hosts_own_runs(form, monkeypatch):
     assert torch.equal(run.convolution(call), call.host())
     state, text = run.verdict()
     assert state == "inert"
-    assert "1 shape (1 call): filters would take more than they may (0 MiB, half of what was free)" in text
+    assert "1 shape (1 call): filters would take more than they may (0 MiB, half of what was to spare)" in text
 
 
 def test_patched_weights_are_left_to_the_host():
