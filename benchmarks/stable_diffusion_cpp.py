@@ -1,8 +1,8 @@
 """A guided step by stable-diffusion.cpp on a processor, on the same architecture and weights as `cpu.py`.
 
-    pip install stable-diffusion-cpp-python        # builds it for this processor: ten minutes, into an environment of its own
-    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors --make     # in ours: writes the checkpoint
-    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors            # in its: measures
+    pip install stable-diffusion-cpp-python     # into an environment of its own: it builds itself for this processor
+    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors --make  # in ours: writes it
+    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors         # in its: measures
 
 One process, all threads, nothing else running. The checkpoint is in float16, as SD 1.5 is distributed. The first step,
 which warms up, is not counted.
@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def measure(path: Path, size: int, steps: int) -> float:
         seed=1,
         progress_callback=lambda *_: times.append(time.perf_counter()),
     )
-    return statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
+    return statistics.median(after - before for before, after in pairwise(times))
 
 
 def main() -> None:
