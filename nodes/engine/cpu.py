@@ -7,7 +7,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..methods.method import Configuration
-from ..methods.precision import has_bf16
 from . import models, registry
 from .node import pass_through, suggest
 
@@ -31,8 +30,7 @@ def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: b
         return pass_through(node, model, f"this model runs on {about.device}, and this node is for processors")
     wanted: list[Configuration] = []
     if winograd is not None and about.is_unet:
-        # Elsewhere a convolution in bf16 takes many times as long, and so does measuring it.
-        wanted.append(registry.configuration("winograd", form=winograd, bf16=bf16 and has_bf16()))
+        wanted.append(registry.configuration("winograd", form=winograd, bf16=bf16))
     # Both have `auto` for what a processor gains by.
     if bf16:
         wanted.append(registry.configuration("precision", scope="transformers" if wanted else "model"))

@@ -161,7 +161,7 @@ class Casts:
                 if "prev_comfy_cast_weights" in module.__dict__ and module not in lowvram:
                     # The host took it off the device meanwhile. It casts from now on, and what it was before is ours.
                     module.__dict__["prev_comfy_cast_weights"] = (
-                        type(module).comfy_cast_weights if flag is None else flag
+                        getattr(type(module), "comfy_cast_weights", False) if flag is None else flag
                     )
                 elif flag is None:
                     del module.__dict__["comfy_cast_weights"]

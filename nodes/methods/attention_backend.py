@@ -74,6 +74,10 @@ class NoKernelError(RuntimeError):
     """A kernel cannot compute this attention."""
 
 
+# torch's choice of kernels is the process's, not the thread's.
+_choosing = threading.Lock()
+
+
 def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
     """Scaled dot product attention by PyTorch.
 
@@ -97,8 +101,7 @@ def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
         while mask.ndim < 4:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
     try:
-        # The choice is the process's, not the thread's: only where one thread computes.
-        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+        with nullcontext() if kernel is None else _choosing, nullcontext() if kernel is None else sdpa_kernel(kernel):
             output = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.has_fewer_kv_heads
             )

@@ -127,6 +127,13 @@ class Run:
         return lambda sigma: low <= sigma <= high
 
 
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16, and not by way of fp32: x86 with AVX512-BF16 or AMX."""
+    # Not in every torch that the host supports, and no part of its documented interface.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+
+
 @dataclass
 class Evaluation:
     """One evaluation of the model by the sampler; heun and the like make two a step.

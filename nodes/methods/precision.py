@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import Configuration, Made, MethodRun, Model, ModelCall, Run, State, check_choice, check_unet
+from .method import Configuration, Made, MethodRun, Model, ModelCall, Run, State, check_choice, check_unet, has_bf16
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SWITCH = ("auto", "on", "off")
@@ -75,13 +75,6 @@ class Precision(Configuration):
 
     def begin(self, run: Run) -> PrecisionRun:
         return PrecisionRun(self)
-
-
-def has_bf16() -> bool:
-    """Whether this processor computes in bf16, and not by way of fp32: x86 with AVX512-BF16 or AMX."""
-    # Not in every torch that the host supports, and no part of its documented interface.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
 def has_fp16() -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..compiling.tally import count
-from .method import Configuration, Convolution, MethodRun, Model, Run, State, check_choice, check_unet
+from .method import Configuration, Convolution, MethodRun, Model, Run, State, check_choice, check_unet, has_bf16
 
 POINTS: dict[int, tuple[Fraction, ...]] = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
@@ -155,7 +155,7 @@ def forms(name: str, dtype: torch.dtype, may_be_bf16: bool = False) -> tuple[For
     if name != "auto":
         return (Form(2 if name == "F(2x2)" else 4),)
     in_bfloat16: tuple[Form | Direct, ...] = ()
-    if dtype == torch.bfloat16 and has_bf16_products():
+    if dtype == torch.bfloat16:
         in_bfloat16 = (Form(2, torch.bfloat16),)
     elif dtype == torch.float32 and may_be_bf16:
         in_bfloat16 = (Direct(torch.bfloat16),)
@@ -228,14 +228,9 @@ class Filters:
 def has_onednn() -> bool:
     """Whether torch has oneDNN's products with weights in a layout of its own, as inductor calls them. They take half
     the time of MKL's on processors that are not Intel's, and no more on others."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return is_built and all(hasattr(torch.ops.mkldnn, name) for name in names)
-
-
-def has_bf16_products() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor; elsewhere it refuses to lay filters out for that."""
-    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()) or not has_onednn()
 
 
 def transform_filters(weight: Tensor, form: Form) -> Filters:
@@ -245,7 +240,8 @@ def transform_filters(weight: Tensor, form: Form) -> Filters:
 
 def _laid_out(filters: Tensor) -> Filters:
     """(n*n, Cout, C), as the products take them."""
-    if not has_onednn():
+    # On some processors it refuses to lay bfloat16 out.
+    if not has_onednn() or (filters.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return Filters(filters.shape[1], filters)
     return Filters(filters.shape[1], tuple(map(torch.ops.mkldnn._reorder_linear_weight, filters)))
 
@@ -385,7 +381,8 @@ class Winograd(Configuration):
     def begin(self, run: Run) -> WinogradRun:
         # Who set a model to fp32 means its convolutions too.
         is_fp32 = any(getattr(config, "compute_dtype", None) == "fp32" for config in run.plan)
-        return WinogradRun(self, self.bf16 and not is_fp32)
+        # Without bf16 arithmetic a convolution in it takes many times as long, and so does measuring it.
+        return WinogradRun(self, self.bf16 and has_bf16() and not is_fp32)
 
 
 @dataclass(frozen=True)

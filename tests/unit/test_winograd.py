@@ -271,7 +271,8 @@ def test_a_choice_is_measured_once_and_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "is_allowed"), [((), True), (("auto",), True), (("fp32",), False)])
-def test_who_sets_a_model_to_fp32_means_its_convolutions_too(settings, is_allowed):
+def test_who_sets_a_model_to_fp32_means_its_convolutions_too(settings, is_allowed, monkeypatch):
+    monkeypatch.setattr(winograd, "has_bf16", lambda: True)
     plan = tuple(Precision(dtype, scope="transformers") for dtype in settings)
     run = Winograd(bf16=True).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent, plan=plan))
     assert run.may_be_bf16 == is_allowed
