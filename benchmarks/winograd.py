@@ -146,8 +146,8 @@ def page(report: dict[str, Any]) -> str:
     lines.append(
         f"{settings['dtype']}, {layout}, batch {BATCH}; {described(report['machine'])}, {report['machine']['threads']} "
         f"threads. Medians of {settings['runs']} interleaved rounds. Where none takes at most {gain:.0%} of the host's "
-        "time, the host's own stays. The node takes *direct in bf16* also where it is up to 15 % behind the fastest: an "
-        "eighth of the memory.\n"
+        "time, the host's own stays. The node takes *direct in bf16* also where it is up to 15 % behind: an eighth "
+        "of the memory.\n"
     )
     for family, rows in report["figures"].items():
         names = [name for name in rows[0]["seconds"] if name != "host"]
