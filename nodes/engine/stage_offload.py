@@ -49,7 +49,7 @@ def _patchers_in(value: Any) -> Iterator[Any]:
         return
     get_models = getattr(value, "get_models", None)
     # A guider may have a second model, and ControlNets in its conditionings.
-    yield from _patchers_in(getattr(value, "original_conds", None))
+    yield from _patchers_in(getattr(value, "original_conds", ()))
     found = [value, *(getattr(value, name, None) for name in ("patcher", "model_patcher", "uncond_model_patcher"))]
     found += get_models() if callable(get_models) else []
     for patcher in found:

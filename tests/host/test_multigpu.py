@@ -30,6 +30,7 @@ def on_two_devices(patcher):
 REQUIRED = {
     "SlipstreamCompileModel": {"backend": {"backend": "eager"}},
     # In bf16, batches of two and of one differ by more than what is looked for here.
+    "SlipstreamCPU": {"winograd": "F(4x4)", "bf16": False},
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
     "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
     # Quantized activations of batches of two and of one may round to neighbours.
