@@ -9,7 +9,6 @@ in turn, round after round, and the medians count. Nothing else must be running.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "host")]
 
 from loading import load_all
-from readme import described
+from readme import described, publish
 
 
 def architecture(family: str) -> Any:
@@ -190,11 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     load_all()
     report = measure(arguments)
-    print("\n" + page(report))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-        (arguments.output / "README.md").write_text(page(report))
+    publish(report, page(report), arguments.output)
 
 
 if __name__ == "__main__":

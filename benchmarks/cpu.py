@@ -12,7 +12,6 @@ latent's after the step, relative to its norm. For the memory of one variant alo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests
 
 from compile import full_size
 from loading import load_all
-from readme import described
+from readme import described, publish
 
 STEPS = 20
 """Of which the first is run."""
@@ -150,11 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     load_all()
     report = measure(arguments)
-    print("\n" + page(report))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-        (arguments.output / "README.md").write_text(page(report))
+    publish(report, page(report), arguments.output)
 
 
 if __name__ == "__main__":

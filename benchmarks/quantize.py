@@ -11,7 +11,6 @@ running.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
 
 from loading import load_all
-from readme import described
+from readme import described, publish
 
 SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 weight-only")
 """Those that a CPU has."""
@@ -208,11 +207,7 @@ def main() -> None:
         "figures": figures,
         "pictures": pictures(arguments.count, 20),
     }
-    print("\n" + page(report))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-        (arguments.output / "README.md").write_text(page(report))
+    publish(report, page(report), arguments.output)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def described(machine: dict[str, Any]) -> str:
     return f"{device}, {machine['cores']} cores; ComfyUI {machine['comfyui']}, torch {machine['torch']}"
 
 
+def publish(report: dict[str, Any], page: str, folder: Path | None) -> None:
+    """Print a benchmark's page; with a folder, keep it there beside its figures."""
+    print("\n" + page)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+        (folder / "README.md").write_text(page)
+
+
 def name(variant: dict[str, Any]) -> str:
     """The methods that a variant has on it, with the settings that matter."""
     shown = {"deepcache": ("cache_interval", "cache_branch_id"), "cfg_cutoff": ("cutoff",)}

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
 
 from loading import load_all
-from readme import described
+from readme import described, publish
 
 PARTS = ("cost", "limit", "trained", "full")
 GIB = 1024**3
@@ -253,11 +253,7 @@ def main() -> None:
             report["full"] = fidelity("full", [(936, 680)], [256, 360])
     if "limit" in arguments.only:
         report["limit"] = [limited(way, 2048, 256, arguments.limit_gib) for way in ("whole", "estimated")]
-    print(page(report))
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        (arguments.output / "README.md").write_text(page(report))
+    publish(report, page(report), arguments.output)
 
 
 if __name__ == "__main__":

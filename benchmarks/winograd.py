@@ -9,7 +9,6 @@ and the medians count. Both guided conditions are in one batch.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests
 
 from compile import architecture
 from loading import PACK, load_all
-from readme import described
+from readme import described, publish
 
 SIZES = {"sd15": 512, "sdxl": 1024}
 BATCH = 2
@@ -186,11 +185,7 @@ def main() -> None:
     import hosted  # noqa: F401  imports the pack
 
     report = measure(arguments)
-    print("\n" + page(report))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "figures.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-        (arguments.output / "README.md").write_text(page(report))
+    publish(report, page(report), arguments.output)
 
 
 if __name__ == "__main__":

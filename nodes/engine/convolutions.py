@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..methods.method import Found, MethodRun
-from . import artifacts, machine
+from . import artifacts, machine, models
 from .attention import NAMESPACE
 
 _now = threading.local()
@@ -41,9 +41,7 @@ class Convolutions:
     def __init__(self, method: MethodRun, patcher: Any, keeper: artifacts.Keeper):
         self.method = method
         # They change weights within the run, which what was derived can't follow.
-        self._hooked = {
-            str(key[0] if isinstance(key, tuple) else key) for some in patcher.hook_patches.values() for key in some
-        }
+        self._hooked = models.hooked_weights(patcher)
         self._keeper = keeper
         self._derived: dict[int, Derived] = {}
         self._fits: dict[tuple[Derived, Hashable], bool] = {}
@@ -58,9 +56,7 @@ class Convolutions:
         found = {name: module for name, module in unet.named_modules() if _is_suited(module)}
         # In this call the tensors are where they are; nothing tells them from copies but their place.
         owners = {
-            module.weight.data_ptr(): module
-            for name, module in found.items()
-            if f"diffusion_model.{name}.weight" not in self._hooked
+            module.weight.data_ptr(): module for name, module in found.items() if f"{name}.weight" not in self._hooked
         }
         before = getattr(_now, "call", None)
         _now.call = lambda x, weight, bias: self.method.convolution(Call(self, owners, x, weight, bias))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..methods.method import Attention, Made, Quantized, Quantizer
-from . import artifacts, attention
+from . import artifacts, attention, models
 from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV
 
@@ -41,9 +41,7 @@ class HostModel:
         self.keeper = keeper
         self.patcher = model.current_patcher
         self.device: torch.device = self.patcher.load_device
-        # What hooks on conditionings may patch between two calls.
-        keys = {key for patches in self.patcher.hook_patches.values() for key in patches}
-        self.hooked = {str(key).removeprefix("diffusion_model.") for key in keys}
+        self.hooked = models.hooked_weights(self.patcher)
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -45,6 +45,11 @@ def describe(patcher: Any, model_options: dict[str, Any]) -> Model:
     return Model(name, family, module.model_channels, depth, blocks, caches, compiler, device)
 
 
+def hooked_weights(patcher: Any) -> set[str]:
+    """Names, inside the diffusion model, of the weights that hooks on conditionings may patch between two calls."""
+    return {key.removeprefix("diffusion_model.") for patches in patcher.hook_patches.values() for key in patches}
+
+
 def _caches(transformer_options: dict[str, Any]) -> tuple[str, ...]:
     """Core's EasyCache and LazyCache, which share one slot of the transformer options."""
     holder = transformer_options.get("easycache")

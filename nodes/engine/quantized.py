@@ -247,4 +247,4 @@ def _bytes(weight: Any) -> int:
     """Memory of a tensor, or of those that a tensor subclass is made of."""
     if hasattr(weight, "__tensor_flatten__"):
         return sum(_bytes(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
-    return int(weight.numel() * weight.element_size())
+    return int(weight.nbytes)

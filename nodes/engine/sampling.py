@@ -179,18 +179,24 @@ class SamplingRun:
         # Here, since it needs torch's compiler and more of the host's internals than the rest.
         from .compile_unet import UNetCompiling
 
-        patcher = self.guider.model_patcher
-        keeper = patcher.get_attachment(artifacts.ATTACHMENT)
         # Graphs made with the operation for convolutions in them are others than those without.
-        self.compiling = UNetCompiling(config, patcher, keeper, self.announce, self.convolutions is not None)
+        has_operations = self.convolutions is not None
+        self.compiling = UNetCompiling(config, self.guider.model_patcher, self._keeper(), self.announce, has_operations)
         method.compile(self.compiling.tally)
 
     def _convolve(self, method: MethodRun) -> None:
         # Here, for the same reason.
         from .convolutions import Convolutions
 
-        patcher = self.guider.model_patcher
-        self.convolutions = Convolutions(method, patcher, patcher.get_attachment(artifacts.ATTACHMENT))
+        self.convolutions = Convolutions(method, self.guider.model_patcher, self._keeper())
+
+    def _keeper(self) -> artifacts.Keeper:
+        keeper: artifacts.Keeper = self.guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
+        return keeper
+
+    def _patchers(self) -> list[Any]:
+        """That of the model, and those of its copies on other devices."""
+        return [self.guider.model_patcher, *self.guider.model_options.get("multigpu_clones", {}).values()]
 
     def _taking_part(self, point: str) -> list[MethodRun]:
         return [method for method in self.methods if takes_part(method, point)]
@@ -293,16 +299,15 @@ class SamplingRun:
         if not self.around_model or self.evaluation is None:
             return None
         # A guider may run a second, other model under the first one's options (DualModelGuider).
-        copies = self.guider.model_options.get("multigpu_clones", {}).values()
-        if not any(model is patcher.model for patcher in (self.guider.model_patcher, *copies)):
+        patchers = self._patchers()
+        if not any(model is patcher.model for patcher in patchers):
             return None
         # Here, since it uses more of the host's internals than the rest: if they change, these methods alone fail.
         from .model_call import HostModel
 
         with self.lock:
             if id(model) not in self.host_models:
-                keeper = self.guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
-                self.host_models[id(model)] = HostModel(model, keeper, bool(copies))
+                self.host_models[id(model)] = HostModel(model, self._keeper(), len(patchers) > 1)
             return self.host_models[id(model)]
 
     def diffusion_model(
@@ -328,10 +333,8 @@ class SamplingRun:
 
     def _convolving(self, unet: Any) -> contextlib.AbstractContextManager[None]:
         """Hands a UNet's convolutions to the method that takes them, for one call."""
-        copies = self.guider.model_options.get("multigpu_clones", {}).values()
-        patchers = (self.guider.model_patcher, *copies)
         # Of another model, what changes weights within the run is not known.
-        if self.convolutions is None or not any(unet is patcher.model.diffusion_model for patcher in patchers):
+        if self.convolutions is None or not any(unet is one.model.diffusion_model for one in self._patchers()):
             return contextlib.nullcontext()
         installed: contextlib.AbstractContextManager[None] = self.convolutions.installed(unet)
         return installed

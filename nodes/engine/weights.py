@@ -31,10 +31,6 @@ def kept_as_is(module: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def _bytes(weight: torch.Tensor) -> int:
-    return weight.numel() * weight.element_size()
-
-
 @dataclass
 class _Copy:
     """A weight's stand-in."""
@@ -131,7 +127,7 @@ class Casts:
             cast = _cast(weight, target, form)
             if cast.data_ptr() != weight.data_ptr():
                 self._copies.append(_Copy(module, name, f"{path}.{name}" in hooked, target, form, weight, cast))
-                self.made.extra_bytes += _bytes(cast)
+                self.made.extra_bytes += cast.nbytes
         self.made.modules += len(self._copies) > before
 
     @contextlib.contextmanager
@@ -269,7 +265,7 @@ class FusedQKV:
             is_hooked = any(f"{path}.attn1.to_{name}.weight" in hooked for name in "qkv")
             self._fused.append((block, block.attn1, fused, is_hooked))
             self.made.modules += 1
-            self.made.extra_bytes += _bytes(fused.qkv)
+            self.made.extra_bytes += fused.qkv.nbytes
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
