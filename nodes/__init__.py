@@ -16,6 +16,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("fp16_fix_vae", "SlipstreamFP16FixVAE"),
     ("vae_decode_tiled", "SlipstreamVAEDecodeTiled"),
     ("vae_encode_tiled", "SlipstreamVAEEncodeTiled"),
+    ("refiner_handoff", "SlipstreamRefinerHandoff"),
     ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
     ("report", "SlipstreamReport"),

@@ -87,6 +87,22 @@ TINIEST = {
 }
 """One level, for real compilers."""
 
+TWO_LEVELS = {"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [0, 1]}
+BASE = {
+    **CONFIGS["SDXL"][1],
+    **TWO_LEVELS,
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 768 + 64,
+}
+REFINER = {
+    **CONFIGS["SDXLRefiner"][1],
+    **TWO_LEVELS,
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+}
+"""SDXL's base and its refiner, as small as they can be; the base's prompts are the refiner's behind CLIP-L's."""
+
 DIT = (
     families.AuraFlow,
     {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "in_channels": 4, "dim": 64, "n_heads": 4},
@@ -116,8 +132,14 @@ def build(config: Any, seed: int = 0) -> ModelPatcher:
 
 
 def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
-    """A small model of a family, or ``DiT``, ``minimal`` or ``tiniest``."""
-    others = {"DiT": DIT, "minimal": (families.SD15, MINIMAL), "tiniest": (families.SD15, TINIEST)}
+    """A small model of a family, or ``DiT``, ``minimal``, ``tiniest``, ``base`` or ``refiner``."""
+    others = {
+        "DiT": DIT,
+        "minimal": (families.SD15, MINIMAL),
+        "tiniest": (families.SD15, TINIEST),
+        "base": (families.SDXL, BASE),
+        "refiner": (families.SDXLRefiner, REFINER),
+    }
     family, config = others.get(name) or CONFIGS[name]
     return build(family(dict(config)), seed)
 

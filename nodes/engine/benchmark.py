@@ -30,8 +30,9 @@ from ..measuring.fidelity import amplified_difference, compare
 from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
 from . import machine, models, verdicts
+from .latents import as_sampled
 from .machine import clock
-from .node import node_of, supported
+from .node import node_of
 from .plan import Entry, Plan, plan_of
 from .probe import Probe, compiled
 from .record import outcome
@@ -57,21 +58,17 @@ class SamplerCall:
     denoise: float
 
     def latent_for(self, model: Any) -> torch.Tensor:
-        """The latent as the host samples it: an empty one gets the model's channels and scale.
+        """The latent as the host samples it.
 
         Raises:
             ValueError: it is several latents in one, which cannot be compared.
         """
-        latent = self.latent["samples"]
-        if getattr(latent, "is_nested", False):
+        if getattr(self.latent["samples"], "is_nested", False):
             raise ValueError(
                 "Benchmark: latent_image should be one latent, but holds several in one (as for video with sound). "
                 "Measure such a workflow with Slipstream's Report node."
             )
-        # The host's own spelling.
-        ratios = {name: self.latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-        fix = comfy.sample.fix_empty_latent_channels
-        return fix(model, latent, **supported(fix, **ratios))
+        return as_sampled(model, self.latent)
 
     def prepare(
         self, model: Any, callback: Callable[..., None] | None = None, last_step: int | None = None

@@ -31,7 +31,7 @@ class LastRun:
     told: tuple[tuple[str, verdicts.Line], ...]
 
 
-_kept: OrderedDict[tuple[str | None, str | None, Plan], LastRun] = OrderedDict()
+_kept: OrderedDict[tuple[str | None, str, Plan], LastRun] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -39,7 +39,7 @@ def keep(where: verdicts.Prompt, plan: Plan, record: Record, told: list[tuple[En
     """Keep a run as the last one that its sampler made with its plan in its workflow."""
     lines = tuple((entry.config.title, line) for entry, line in told)
     with _lock:
-        key = (where.workflow, where.node, plan)
+        key = (where.workflow, where.sampler, plan)
         _kept[key] = LastRun(where.id, where.sampler, record.as_dict(), lines)
         _kept.move_to_end(key)
         while len(_kept) > KEPT:

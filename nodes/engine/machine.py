@@ -166,6 +166,24 @@ def unload(models: Iterable[Any], device: torch.device) -> None:
         comfy.model_management.free_memory(1e30, device, kept)
 
 
+def release(patcher: Any) -> bool:
+    """Have the host unload a model. Returns whether that gave memory back: its weights may have no other place."""
+    before = patcher.loaded_size()
+    if patcher.load_device == patcher.offload_device or not before:
+        return False
+    unload([patcher.model], patcher.load_device)
+    return bool(patcher.loaded_size() < before)
+
+
+def has_room(patcher: Any, shape: torch.Size) -> bool:
+    """Whether a model, as a whole, can be loaded beside what is on its device, and sample a guided latent of this shape
+    there: the host's own estimate."""
+    host, device = comfy.model_management, patcher.load_device
+    activations = patcher.memory_required([2 * shape[0], *shape[1:]]) + host.extra_reserved_memory()
+    weights = patcher.model_size() - patcher.loaded_size()
+    return bool(host.get_free_memory(device) >= 1.1 * weights + max(host.minimum_inference_memory(), activations))
+
+
 def is_dynamic(patcher: Any) -> bool:
     """Whether the host's DynamicVRAM brings this model's weights to the device as they are used, in the first step."""
     return bool(getattr(patcher, "is_dynamic", lambda: False)())

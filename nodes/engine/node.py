@@ -36,8 +36,17 @@ def percent_range(starts: str, ends: str) -> list[Any]:
     ]
 
 
-def sampler_options() -> list[Any]:
+def sampler_options(has_denoise: bool = True) -> list[Any]:
     """The inputs of the host's KSampler that are no models, prompts or latents."""
+    denoise = option(
+        io.Float,
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="How much of the latent is made anew. Below 1 it stays like the image it came from.",
+    )
     return [
         option(
             io.Int,
@@ -66,15 +75,7 @@ def sampler_options() -> list[Any]:
             options=comfy.samplers.SCHEDULER_NAMES,
             tooltip="How noise is removed over the steps.",
         ),
-        option(
-            io.Float,
-            "denoise",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="How much of the latent is made anew. Below 1 it stays like the image it came from.",
-        ),
+        *([denoise] if has_denoise else []),
     ]
 
 

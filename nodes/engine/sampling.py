@@ -31,22 +31,22 @@ logger = logging.getLogger(__name__)
 OUTPUT_BLOCK_PATCH = "output_block_patch"
 
 AUDIENCE = "slipstream.audience"
-"""The attachment of a model whose runs are told in another way than a sampler's."""
+"""The attachment of a model that one node samples several times, or among several."""
 
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Who is told of a model's runs, where one node samples it many times.
+    """Who is told of a model's runs, where one node makes many.
 
     Attributes:
-        hear: called when a run ends, with each entry of the plan and its line.
+        hear: called when a run ends, with each entry of the plan and its line. None: it is kept as any sampler's.
         name: what these runs are, on the nodes that take part: ``candidate``. None: they are not told there.
         number: that of all these runs: the line of a later one takes the place of the one before.
     """
 
-    hear: Callable[[list[tuple[Entry, verdicts.Line]]], None]
+    hear: Callable[[list[tuple[Entry, verdicts.Line]]], None] | None
     name: str | None
     number: int = field(default_factory=lambda: next(_numbers))
 
@@ -240,7 +240,7 @@ class SamplingRun:
         self.publish()
         told = list(zip(self.plan.entries, self.lines(), strict=True))
         logger.info("Slipstream: %s", "; ".join(f"{entry.config.title}: {line.text}" for entry, line in told))
-        if self.audience is None:
+        if self.audience is None or self.audience.hear is None:
             history.keep(self.where, self.plan, self.record, told)
         else:
             self.audience.hear(told)

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ROOT / "nodes"
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "nodes", "server"}
+HOST = {
+    *("comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview", "nodes"),
+    "server",
+}
 TOOLS = sorted(path for room in ("compiling", "measuring") for path in (NODES / room).glob("*.py"))
 METHODS = sorted(path for path in (NODES / "methods").glob("*.py") if path.stem != "__init__")
 NODE_FILES = sorted(path for path in NODES.glob("*.py") if path.stem not in ("__init__", "extension"))
