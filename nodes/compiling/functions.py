@@ -309,7 +309,8 @@ def _recompile_reason() -> str:
     reason = metrics[-1].recompile_reason if metrics else None
     if not reason:
         return "blocks of another kind"
-    if "_parameters[" in reason:
+    # The second is what guards of tensor subclasses, such as torchao's weights, are called.
+    if "_parameters[" in reason or "___check_metadata_" in reason:
         return "other weights were put in the place of some"
     return reason.splitlines()[0].split("; ")[0].strip()[:120]
 

@@ -93,10 +93,13 @@ def test_the_vae_gives_back_what_it_was_given(exact, demo):
         ("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.88),
         ("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.985),
         ("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.95),
+        ("SlipstreamQuantize", {"scheme": "int8 dynamic", "min_features": 0}, 0.998),
+        ("SlipstreamQuantize", {"scheme": "fp8 weight-only", "min_features": 0}, 0.99),
     ],
 )
 def test_what_approximations_cost(demo, exact, node, values, ssim):
-    """The bounds are the means of benchmarks/results/approximations less their scatter over eight pictures."""
+    """The bounds are the means of benchmarks/results/{approximations,quantize} less their scatter over eight
+    pictures."""
     prompts, _, latents, images = exact
     found = demo.sample(prompts, range(8), model=hosted.run_node(node, demo.model, **values), steps=20)
     compared = fidelity.compare(latents, found, images, demo.decode(found))

@@ -1,8 +1,8 @@
 """A guided step by stable-diffusion.cpp on a processor, on the same architecture and weights as `cpu.py`.
 
     pip install stable-diffusion-cpp-python     # into an environment of its own: it builds itself for this processor
-    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors --make  # in ours: writes it
-    python benchmarks/stable_diffusion_cpp.py --checkpoint file.safetensors         # in its: measures
+    python benchmarks/sd_cpp.py --checkpoint file.safetensors --make  # in ours: writes it
+    python benchmarks/sd_cpp.py --checkpoint file.safetensors --size 512   # in its: measures
 
 One process, all threads, nothing else running. The checkpoint is in float16, as SD 1.5 is distributed. The first step,
 which warms up, is not counted.
@@ -74,14 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--make", action="store_true", help="write the checkpoint")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--size", type=int, default=256, help="one a process: a second model in one crashes (0.4.7)")
     parser.add_argument("--steps", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.make:
         make(arguments.checkpoint)
         return
-    for size in arguments.sizes:
-        print(f"{size}x{size}: {measure(arguments.checkpoint, size, arguments.steps):.2f} s a guided step", flush=True)
+    size = arguments.size
+    print(f"{size}x{size}: {measure(arguments.checkpoint, size, arguments.steps):.2f} s a guided step")
 
 
 if __name__ == "__main__":
