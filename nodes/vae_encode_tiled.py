@@ -17,7 +17,7 @@ class SlipstreamVAEEncodeTiled(io.ComfyNode):
             ),
             search_aliases=["tiled vae", "vae encode tiled", "vae slicing", "tile", "seamless", "low vram", "4k"],
             inputs=[
-                io.Image.Input("pixels", tooltip="The image to encode."),
+                io.Image.Input("pixels", tooltip="The image to encode. Sides that are no multiple of 8 are cropped."),
                 io.Vae.Input("vae", tooltip="The VAE. It is not changed itself."),
                 *tile_options(),
             ],

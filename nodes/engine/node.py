@@ -88,7 +88,8 @@ def backend_options(has_scope: bool) -> Any:
     tooltips = {
         "mode": (
             "inductor's preset. default compiles fastest. max-autotune tries many kernels for each operation, which "
-            "takes long. reduce-overhead and max-autotune record CUDA graphs, which needs scope model."
+            "takes long. reduce-overhead and max-autotune record CUDA graphs"
+            + (", which needs scope model." if has_scope else ".")
         ),
         "scope": (
             "blocks: each kind of block is compiled once and shared by all of its kind: compiles several times faster, "
@@ -154,7 +155,7 @@ def model_node(node_id: str, display_name: str, description: str, aliases: list[
         category="Slipstream/model",
         description=description,
         search_aliases=aliases,
-        inputs=[io.Model.Input("model", tooltip="The model to speed up. It is not changed itself."), *options],
+        inputs=[io.Model.Input("model", tooltip="The model. It is not changed itself."), *options],
         outputs=[io.Model.Output(tooltip="The model with this method in its plan.")],
     )
 
