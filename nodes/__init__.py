@@ -1,6 +1,7 @@
 """The nodes of the pack, one file each."""
 
 NODES: tuple[tuple[str, str], ...] = (
+    ("recipe", "SlipstreamRecipe"),
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),

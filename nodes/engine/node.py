@@ -181,12 +181,16 @@ def add(node: type[io.ComfyNode], model: Any, config: Configuration) -> io.NodeO
     return _add(model, [Entry(config, (node_of(node),))])
 
 
-def suggest(node: type[io.ComfyNode], model: Any, configs: list[Configuration]) -> io.NodeOutput:
-    """The output of a node that adds several methods: for each, a node of its own wins, wherever it is wired.
+def suggest(node: type[io.ComfyNode], model: Any, configs: list[Configuration], told: str = "") -> io.NodeOutput:
+    """The output of a node that adds several methods: for each, a node of its own wins, wherever it is wired, and one
+    that can't serve the model, with all that is put on it, is left out of the run.
 
-    Args and errors as with `add`.
+    Args:
+        told: what the node says of them, above what becomes of each in the run.
+
+    Others, and errors, as with `add`.
     """
-    source = replace(node_of(node), has_several=True)
+    source = replace(node_of(node), has_several=True, told=told)
     return _add(model, [Entry(config, (source,), suggested=True) for config in configs])
 
 
@@ -203,7 +207,9 @@ def _add(model: Any, entries: list[Entry]) -> io.NodeOutput:
         for entry in entries:
             if entry.config.phase == "compile":
                 model = machine.without_dynamic_vram(model, entry.config.title)
-            entry.config.check(models.describe(model, model.model_options))
+            # Of a suggestion the run decides, whichever way the graph is wired.
+            if not entry.suggested:
+                entry.config.check(models.describe(model, model.model_options))
             plan = plan.adding(entry)
     except (ValueError, RuntimeError) as error:
         # Else the success of an earlier run would stay on the node.

@@ -24,11 +24,13 @@ class Node:
         type: its node id in the registry, such as ``SlipstreamDeepCache``.
         has_several: whether several methods tell their verdicts on it, as it expands into nodes of ours or adds more
             than one method itself: each names itself.
+        told: what it says of itself, above what became of its methods in each run.
     """
 
     id: str
     type: str
     has_several: bool = False
+    told: str = ""
 
 
 @dataclass(frozen=True)

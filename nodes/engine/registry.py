@@ -29,9 +29,14 @@ def rank(config: Configuration) -> int:
     return METHODS.index(config.stem)
 
 
+def kind(stem: str) -> Any:
+    """The class of a method's configurations."""
+    found = vars(importlib.import_module(f"..methods.{stem}", __package__)).values()
+    (one,) = (one for one in found if isinstance(one, type) and getattr(one, "stem", None) == stem)
+    return one
+
+
 def configuration(stem: str, **settings: Any) -> Configuration:
     """A method's configuration, for a node that adds other nodes' methods."""
-    kinds = vars(importlib.import_module(f"..methods.{stem}", __package__)).values()
-    (kind,) = (kind for kind in kinds if isinstance(kind, type) and getattr(kind, "stem", None) == stem)
-    made: Configuration = kind(**settings)
+    made: Configuration = kind(stem)(**settings)
     return made

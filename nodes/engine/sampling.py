@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..methods.method import Evaluation, MethodRun, Run, Steps
+from ..methods.method import Evaluation, MethodRun, Run, State, Steps
 from . import artifacts, budget, history, machine, models, verdicts
 from .guidance import HostGuidance
 from .plan import KEY, Entry, Plan, plan_of
@@ -100,6 +100,16 @@ def takes_part(method: MethodRun, point: str) -> bool:
     return getattr(type(method), point) is not getattr(MethodRun, point)
 
 
+class LeftOut(MethodRun):
+    """In the place of a method that a node suggests, where it cannot serve the model as it is in this run."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+    def verdict(self) -> tuple[State, str]:
+        return "inert", f"left out: {self.why}"
+
+
 class SamplingRun:
     """One sampling run of one model with a plan.
 
@@ -154,6 +164,9 @@ class SamplingRun:
             try:
                 entry.config.check(model)
             except (ValueError, RuntimeError) as error:
+                if entry.suggested:
+                    self.methods.append(LeftOut(str(error).removeprefix(f"{entry.config.title}: ")))
+                    continue
                 raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
             method = entry.config.begin(run)
             self.methods.append(method)

@@ -26,6 +26,8 @@ EVENT = "slipstream.verdict"
 ROUTE = "/slipstream/verdicts"
 KEPT = 1000
 NOT_RUN = (0, "")
+TOLD = (0, "told")
+"""The key of what a node says of itself."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,9 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
         verdict = _kept.get((where.workflow, node.id))
         if verdict is None or where.id is None or verdict.prompt_id != where.id:
             verdict = Verdict(where.id, where.workflow, node, where.graph.get(node.id, {}).get("inputs"))
+            if node.told:
+                # Here, and not when the node executes: it may be cached while a sampler runs.
+                verdict.lines[TOLD] = {"sampler": "", **asdict(Line("active", node.told))}
         if run != NOT_RUN:
             verdict.lines.pop(NOT_RUN, None)
         verdict.lines[run] = {"sampler": where.sampler, **asdict(line)}

@@ -29,12 +29,13 @@ def model():
 
 @pytest.fixture
 def last_lines():
-    """The lines that a node shows now, by node id: [(state, text), ...]."""
+    """What a node says now of what became of its methods, by node id: [(state, text), ...]."""
     verdicts = hosted.engine("verdicts")
     verdicts._kept.clear()
 
     def lines(node_id: str) -> list[tuple[str, str]]:
         verdict = verdicts._kept[(None, node_id)]
-        return [(line["state"], line["text"]) for line in verdict.lines.values()]
+        lines = [line for key, line in verdict.lines.items() if key != verdicts.TOLD]
+        return [(line["state"], line["text"]) for line in lines]
 
     return lines

@@ -31,12 +31,11 @@ NODES = {node.define_schema().node_id: node for node in load_nodes()}
 HOSTS_OWN = ("sampler_name", "scheduler", "name")
 """Inputs whose choices are the host's, or the user's files."""
 _registry = importlib.import_module(f"{PACK}.nodes.engine.registry").METHODS
-SEVERAL = ("cpu",)
+SEVERAL = ("cpu", "recipe")
 """Files of nodes that add several methods."""
-METHODS = {
-    name: NODES[name] for file, name in importlib.import_module(f"{PACK}.nodes").NODES if file in (*_registry, *SEVERAL)
-}
-"""Those that put a method on a model."""
+_ids = dict(importlib.import_module(f"{PACK}.nodes").NODES)
+METHODS = {_ids[file]: NODES[_ids[file]] for group in (_registry, SEVERAL) for file in _ids if file in group}
+"""Those that put a method on a model; those that only suggest come last."""
 
 
 def orders() -> list[list[str]]:

@@ -33,6 +33,7 @@ REQUIRED = {
     "SlipstreamCPU": {"winograd": "F(4x4)", "bf16": False},
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
     "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
+    "SlipstreamRecipe": {"goal": "best quality"},
     # Quantized activations of batches of two and of one may round to neighbours.
     "SlipstreamQuantize": {"scheme": "int8 weight-only", "min_features": 0},
 }

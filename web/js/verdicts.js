@@ -6,7 +6,8 @@
  * node shows the verdicts of the Slipstream nodes inside it.
  *
  * @typedef {'running' | 'active' | 'inert' | 'off' | 'failed' | 'interrupted'} State
- * @typedef {{ sampler: string, state: State, text: string }} Line One sampling run, in the order they began.
+ * @typedef {{ sampler: string, state: State, text: string }} Line One sampling run, in the order they began; or, without a
+ *   sampler, what the node says of itself.
  * @typedef {object} Verdict All that one node did in one prompt. A later one replaces it.
  * @property {string} prompt_id
  * @property {string | null} workflow_id Null for a prompt that came without a workflow: there is no node to draw it on.
@@ -195,7 +196,7 @@ function draw() {
         records.set(node, verdict.record)
         const isOnly = verdict.lines.length === 1
         for (const line of verdict.lines) {
-          const text = isOnly ? line.text : `${line.sampler}: ${line.text}`
+          const text = isOnly || !line.sampler ? line.text : `${line.sampler}: ${line.text}`
           const row = { state: line.state, isLast: Boolean(verdict.isLast) }
           rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
           enclosing.forEach((host, depth) => {

@@ -1,0 +1,53 @@
+"""A plan for a goal, from what this machine has and what the model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+from torch import nn
+
+from ..measuring.memory import MIB
+from ..methods.method import has_bf16
+from ..methods.recipe import Given, choose
+from . import machine, models, registry
+from .node import pass_through, suggest
+
+SIDE = 1024
+"""Of the picture that memory is reckoned for, in pixels."""
+
+
+def cook(node: type[io.ComfyNode], model: Any, goal: str) -> io.NodeOutput:
+    """The node's output: the model with the methods of a recipe in its plan, as suggestions.
+
+    Args:
+        node: the node class.
+        model: ModelPatcher.
+        goal: one of `methods.recipe.GOALS`.
+    """
+    recipe = choose(goal, given(model), registry.kind)
+    if not recipe.chosen:
+        return pass_through(node, model, f"nothing to choose. {recipe}")
+    return suggest(node, model, [choice.config for choice in recipe.chosen], str(recipe))
+
+
+def given(patcher: Any) -> Given:
+    """What a recipe for a model is chosen by. What other nodes put on it is no part of that: it may come later."""
+    host, device = comfy.model_management, patcher.load_device
+    side = SIDE // getattr(patcher.model.latent_format, "spacial_downscale_ratio", 8)  # since 0.28
+    linear = (module for module in patcher.model.modules() if isinstance(module, nn.Linear))
+    return Given(
+        model=models.describe(patcher, {}),
+        device_mib=host.get_total_memory(device) / MIB,
+        size_mib=host.module_size(patcher.model) / MIB,
+        # A scale for each row of at least 256.
+        int8_mib=1.02 * sum(layer.in_features * layer.out_features for layer in linear) / MIB,
+        # The inner model's own: a patcher's is another where DynamicVRAM loads it.
+        activations_mib=patcher.model.memory_required([2, 1, side, side]) / MIB,
+        has_bf16=has_bf16() if device.type == "cpu" else host.should_use_bf16(device),
+        # Apple's GPUs have the RAM for memory.
+        has_ram_apart=device != patcher.offload_device and device.type != "mps",
+        is_dynamic=machine.is_dynamic(patcher),
+        is_reloadable=getattr(patcher, "cached_patcher_init", None) is not None,
+    )
