@@ -23,8 +23,8 @@ gc.freeze()
 
 @pytest.fixture
 def model():
-    """A small SD 1.5 model, new for each test."""
-    return hosted.model("SD15")
+    """A small UNet of fifteen blocks, with SD 1.5's prompts, new for each test."""
+    return hosted.model("minimal")
 
 
 @pytest.fixture

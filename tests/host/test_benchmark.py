@@ -39,12 +39,6 @@ def carrying(model, *names):
 
 
 @pytest.fixture
-def model():
-    """A small UNet of fifteen blocks, new for each test."""
-    return hosted.model("minimal")
-
-
-@pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The host's output and temporary folders, in scratch ones."""
     for kind in ("output", "temp"):

@@ -20,12 +20,6 @@ range, fp8's three bits of mantissa to 1/16 of each number."""
 every_scheme = pytest.mark.parametrize("scheme", list(BOUNDS))
 
 
-@pytest.fixture
-def model():
-    """A UNet of fifteen blocks, new for each test."""
-    return hosted.model("minimal")
-
-
 def quantize(patcher, node_id="1", scheme="int8 dynamic", **values):
     return run_node("SlipstreamQuantize", patcher, node_id, scheme=scheme, **{"min_features": 0, **values})
 
