@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections import defaultdict
 from typing import Any
 
 from comfy_api.latest import ComfyExtension
@@ -17,17 +18,23 @@ class SlipstreamExtension(ComfyExtension):
     """The pack, as the host sees it."""
 
     async def get_node_list(self) -> list[type[Any]]:
-        """The node classes. One that cannot be imported is left out with one line in the log:
-        a host update or a broken optional package must never take the others down."""
-        loaded = []
+        """The node classes. One that cannot be loaded is left out, and those of one reason are told in one line of the
+        log: a host update or a broken optional package must never take the others down."""
+        loaded, left_out = [], defaultdict(list)
         for file, name in NODES:
             try:
-                loaded.append(getattr(importlib.import_module(f".{file}", __package__), name))
-            except Exception as error:
-                logger.error("Slipstream: %s could not be loaded and is left out: %r", name, error)
+                node = getattr(importlib.import_module(f".{file}", __package__), name)
+                node.GET_SCHEMA()  # The host asks each for it, and at the first one that fails drops the whole pack.
+                loaded.append(node)
+            # Some packages end the process where they cannot work.
+            except (Exception, SystemExit) as error:
+                logger.debug("Slipstream: where %s failed", name, exc_info=error)
+                left_out[" ".join(repr(error).split())].append(name)
+        for reason, names in left_out.items():
+            logger.error("Slipstream: could not load, and leaves out, %s: %s", ", ".join(names), reason)
         # Not in `on_load`, which hosts as old as 0.8 do not call.
         try:
             importlib.import_module(".engine.verdicts", __package__).add_routes()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             logger.error("Slipstream: verdicts cannot be served again after a reload: %r", error)
         return loaded

@@ -27,6 +27,8 @@ from .tally import Tally
 
 FX = torch.fx.GraphModule
 Graph = Callable[..., Any]
+TRITON = "triton-windows" if sys.platform == "win32" else "triton"
+"""The package that has Triton."""
 
 
 def install_line(name: str) -> str:
@@ -61,13 +63,16 @@ class Backend:
         if device.type not in self.devices:
             served = " or ".join({"cuda": "an NVIDIA GPU", "cpu": "the CPU"}.get(name, name) for name in self.devices)
             return f"{self.name} needs {served}, but the model runs on {device.type}. Choose another backend."
+        reason = missing_dynamo()
+        if reason is not None:
+            return f"{self.name} needs {reason}"
         try:
             if self.package and importlib.util.find_spec(self.package) is None:
                 return f"{self.name} is not installed. Install it with: {install_line(self.name)}"
             self.load()
             return self.missing(device, settings)
-        # A broken install raises anything: a placeholder a RuntimeError, others OSError, or a bare Exception.
-        except Exception as error:
+        # A broken install raises anything: a placeholder a RuntimeError, others OSError or a bare Exception; some exit.
+        except (Exception, SystemExit) as error:
             again = f", or install it again: {install_line(self.name)}" if self.package else "."
             return (
                 f"{self.name} is installed, but can't be used ({type(error).__name__}: {first_line(error)}). "
@@ -96,6 +101,20 @@ class Backend:
         raise NotImplementedError
 
 
+def missing_dynamo() -> str | None:
+    """Why torch's own part of compiling, which all backends are called through, can't work here; None if it can."""
+    try:
+        import torch._dynamo  # noqa: F401
+    # Triton, where there is one, is imported with it.
+    except (Exception, SystemExit) as error:
+        return (
+            f"torch's compiler, which can't be imported ({type(error).__name__}: {first_line(error)}). If that is "
+            f'Triton\'s, uninstall it or install it again: "{sys.executable}" -m pip install --force-reinstall '
+            f"--no-deps {TRITON}. Or take the node out."
+        )
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
@@ -116,10 +135,9 @@ class Inductor(Backend):
     def missing(self, device: torch.device, settings: Settings) -> str | None:
         if device.type != "cpu":
             if importlib.util.find_spec("triton") is None:
-                package = "triton-windows" if sys.platform == "win32" else "triton"
                 return (
                     f"inductor needs Triton to compile for a GPU. Install it with: "
-                    f'"{sys.executable}" -m pip install {package}'
+                    f'"{sys.executable}" -m pip install {TRITON}'
                 )
             from torch.utils._triton import has_triton
 
@@ -283,7 +301,7 @@ class OneDiff(Backend):
 
         try:
             lookup_backend(settings.onediff_backend)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return (
                 f"OneDiff's backend {settings.onediff_backend} can't be used "
                 f"({type(error).__name__}: {first_line(error)}). Install that, or set onediff_backend to one that is."

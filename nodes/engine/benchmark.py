@@ -6,8 +6,10 @@ is data, an ablation makes more variants from the candidate's.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -450,6 +452,18 @@ def _ablated(plan: Plan, ablation: str) -> list[tuple[str, Plan]]:
     return []
 
 
+def _check_kornia() -> None:
+    """Before the first run, and not after it: what compares the pictures can be imported."""
+    try:
+        importlib.import_module("kornia.metrics")
+    except (Exception, SystemExit) as error:
+        raise RuntimeError(
+            f"Benchmark: kornia, which ComfyUI itself installs, can't be imported ({type(error).__name__}: {error}). "
+            f'Install it again: "{sys.executable}" -m pip install --force-reinstall --no-deps kornia kornia_rs. Or '
+            "disconnect the vae: latents are compared without it."
+        ) from error
+
+
 def benchmark(
     node: type[io.ComfyNode],
     baseline: Any,
@@ -467,7 +481,12 @@ def benchmark(
         baseline, candidate: ModelPatcher.
         vae: the VAE of the baseline, and of the candidate if that has none of its own; None for neither.
         ablation: one of `ABLATIONS`.
+
+    Raises:
+        RuntimeError: what compares pictures can't be imported.
     """
+    if vae is not None:
+        _check_kornia()
     baseline, candidate = (machine.as_sampled(model, call.positive, call.negative) for model in (baseline, candidate))
     is_decode_timed = candidate_vae is not None
     other_vae = candidate_vae if candidate_vae is not None else vae

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
 from torch import nn
 
 from ..compiling import backends
-from ..compiling.functions import Compiler
 from ..compiling.settings import Settings
 from ..compiling.tally import Tally
 from ..methods.method import State
@@ -19,6 +18,9 @@ from . import attention, machine, stages, verdicts
 from .artifacts import Keeper
 from .node import node_of
 from .plan import Node
+
+if TYPE_CHECKING:
+    from ..compiling.functions import Compiler
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ class CompiledStage(stages.Stage):
     def _run(
         self, name: str, function: Callable[..., torch.Tensor], values: torch.Tensor, kwargs: dict[str, Any]
     ) -> torch.Tensor:
+        # Not at the top: dynamo imports Triton, and a Triton that is broken must not take other VAE nodes down.
+        from ..compiling.functions import Compiler
+
         key = (self.settings, self._backend.name)
         compiler: Compiler = self._keeper.get(self._stage, key, lambda: Compiler(self.settings, self._backend))
         with self._telling():

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from .method import (
     Configuration,
@@ -63,7 +64,7 @@ def lacking(scheme: str, device: str) -> str | None:
             return _lacking_fp8(device)
         return None
     # A version that does not fit torch raises anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         return (
             f"torchao is installed, but can't be used with torch {torch.__version__} ({type(error).__name__}: {told}). "
@@ -145,7 +146,7 @@ class Quantize(Configuration):
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
         ao: Any = importlib.import_module("torchao.quantization")
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         # torchao would set inductor's options for the whole process.
         options: dict[str, Any] = {"set_inductor_config": False}

@@ -76,7 +76,9 @@ def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it
     assert "{" not in reason
 
 
-@pytest.mark.parametrize("error", [RuntimeError("OneFlow is not installed"), OSError("libcuda"), Exception("TensorRT")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("OneFlow is not installed"), OSError("libcuda"), Exception("TensorRT"), SystemExit("no GPU")]
+)
 @pytest.mark.parametrize("name", list(installs.INSTALL))
 def test_a_package_that_is_broken_or_a_placeholder_is_one_sentence(name, error, monkeypatch):
     def fail(module):

@@ -418,12 +418,12 @@ async function writeClipboard(text, button) {
   return isCopied
 }
 
-const style = document.createElement('style')
-style.textContent = STYLE
-document.head.append(style)
+const style = new CSSStyleSheet()
+style.replaceSync(STYLE)
+document.adoptedStyleSheets.push(style)
 
 app.registerExtension({
-  name: 'Slipstream.Benchmark',
+  name: 'slipstream.benchmark',
   /** A saved node gets its own size after this. @param {any} node */
   nodeCreated(node) {
     if ((node.comfyClass ?? node.type) !== TYPE) return

@@ -385,9 +385,9 @@ function fit(panel, height) {
   panel.node.setDirtyCanvas(true, true)
 }
 
-const style = document.createElement('style')
-style.textContent = STYLE
-document.head.append(style)
+const style = new CSSStyleSheet()
+style.replaceSync(STYLE)
+document.adoptedStyleSheets.push(style)
 
 api.addEventListener(EVENT, ({ detail }) => {
   keep(detail)
@@ -407,7 +407,7 @@ api.addEventListener('reconnected', () => {
 api.addEventListener('status', announce)
 
 app.registerExtension({
-  name: 'Slipstream.Verdicts',
+  name: 'slipstream.verdicts',
   async setup() {
     isReady = true
     await announce()
