@@ -37,4 +37,8 @@ class SlipstreamExtension(ComfyExtension):
             importlib.import_module(".engine.verdicts", __package__).add_routes()
         except (Exception, SystemExit) as error:
             logger.error("Slipstream: verdicts cannot be served again after a reload: %r", error)
+        try:
+            importlib.import_module(".engine.metadata", __package__).listen()
+        except Exception as error:
+            logger.error("Slipstream: saved images will not tell what made them: %r", error)
         return loaded

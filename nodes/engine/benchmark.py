@@ -120,7 +120,7 @@ class Subject:
     """
 
     def __init__(self, name: str, role: Role, model: Any, vae: Any, is_decode_timed: bool):
-        self.variant = Variant(name, role, [_method(entry) for entry in plan_of(model).entries])
+        self.variant = Variant(name, role, [entry.as_dict() for entry in plan_of(model).entries])
         self.result: Result | None = None
         self.model = model
         # An ablation's runs would overwrite on the nodes what the whole plan did.
@@ -427,15 +427,6 @@ class _Files:
         for kind, text in texts.items():
             (self.folder / names[kind]).write_text(text, encoding="utf-8")
         report.saved = saved
-
-
-def _method(entry: Entry) -> dict[str, Any]:
-    return {
-        "stem": entry.config.stem,
-        "title": entry.config.title,
-        "settings": asdict(entry.config),
-        "nodes": [node.id for node in entry.nodes],
-    }
 
 
 def _ablated(plan: Plan, ablation: str) -> list[tuple[str, Plan]]:

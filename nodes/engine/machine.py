@@ -39,9 +39,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "comfyui": _comfyui_version(),
-        "slipstream": _own_version(),
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Those of the host and of the pack."""
+    return {"comfyui": _comfyui_version(), "slipstream": _own_version()}
 
 
 def _processor() -> str:

@@ -53,6 +53,15 @@ class Entry:
     def __str__(self) -> str:
         return " and ".join(f"node {node.id}" for node in self.nodes)
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "stem": self.config.stem,
+            "title": self.config.title,
+            "settings": asdict(self.config),
+            "nodes": [node.id for node in self.nodes],
+        }
+
     def check_agreed(self) -> None:
         """Raises:
         ValueError: nodes suggest different settings, and none is explicit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import comfy.model_sampling
@@ -18,7 +18,7 @@ from comfy_api.latest import io
 
 from ..methods.method import State
 from ..methods.refiner_handoff import SPLITS, TITLE, Ensemble, ImageToImage
-from . import latents, machine, models, verdicts
+from . import latents, machine, metadata, models, verdicts
 from .node import node_of, option
 from .plan import plan_of
 from .record import outcome
@@ -208,6 +208,7 @@ class Handoff:
         self._translations: list[str] = []
         self._left_out: set[str] = set()
         self.record: dict[str, Any] = {}
+        self.line = verdicts.Line("running", "")
         self._done = 0
         self._total = 0
 
@@ -221,6 +222,7 @@ class Handoff:
                 if isinstance(settings, Ensemble)
                 else self._image_to_image(settings, image)
             )
+            self._keep(settings)
         except BaseException as error:
             status, reason = outcome(error)
             so_far = f"after {self._done} of {self._total} steps" if self._done else "before the first step"
@@ -228,6 +230,7 @@ class Handoff:
                 self._tell(verdicts.Line("interrupted", f"interrupted {so_far}"))
             else:
                 self._tell(verdicts.Line("failed", f"failed {so_far} ({reason})"))
+            metadata.forget(self.where)
             raise
         return io.NodeOutput(*(latents.like(self.call.latent, latent) for latent in (samples, of_base)))
 
@@ -401,7 +404,14 @@ class Handoff:
         text = f"{self.record['base_steps']} + {self.record['refiner_steps']} steps, {what}"
         self._tell(verdicts.Line(state, "; ".join([text, *notes])))
 
+    def _keep(self, settings: Ensemble | ImageToImage) -> None:
+        """Record the handoff itself beside the plans of the two models."""
+        (mode,) = (name for name, kind in MODES.items() if isinstance(settings, kind))
+        told = {"stem": STEM, "title": TITLE, "settings": {"mode": mode, **asdict(settings)}, "nodes": [self.node.id]}
+        metadata.keep(self.where, settings, self._total, [{**told, **asdict(self.line)}])
+
     def _tell(self, line: verdicts.Line) -> None:
+        self.line = line
         verdicts.publish(self.where, self.node, line, self.record, (self.number, STEM))
 
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, State, Steps
-from . import artifacts, budget, history, machine, models, verdicts
+from . import artifacts, budget, history, machine, metadata, models, verdicts
 from .guidance import HostGuidance
 from .plan import KEY, Entry, Plan, plan_of
 from .record import Record
@@ -257,6 +257,11 @@ class SamplingRun:
             history.keep(self.where, self.plan, self.record, told)
         else:
             self.audience.hear(told)
+        if error is not None:
+            metadata.forget(self.where)
+        elif self.audience is None or self.audience.name is not None:
+            methods = [{**entry.as_dict(), **asdict(line)} for entry, line in told]
+            metadata.keep(self.where, self.plan, len(self.steps), methods)
         self.methods.clear()
         self.evaluation = self.around_evaluation = self.around_unet = self.compiling = self.convolutions = None
         self.memory = None

@@ -108,7 +108,7 @@ def line(record: Record, state: State, text: str) -> Line:
     return Line("failed", f"the run failed {at} ({record.reason}); {so_far}")
 
 
-def _server() -> Any:
+def host_server() -> Any:
     """The host's server; None in a host that runs without one."""
     module = sys.modules.get("server")
     return getattr(getattr(module, "PromptServer", None), "instance", None)
@@ -116,7 +116,7 @@ def _server() -> Any:
 
 def current_prompt() -> Prompt:
     """Where we are: the prompt and the node that are being executed."""
-    context, server = get_executing_context(), _server()
+    context, server = get_executing_context(), host_server()
     if context is None or server is None:
         return Prompt()
     return _find_prompt(server, context.prompt_id, context.node_id)
@@ -201,7 +201,7 @@ def publish_added(node: Node) -> None:
 
 
 def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
-    server = _server()
+    server = host_server()
     if server is None or where.client is None:
         return
     if where.client in _clients:
@@ -229,7 +229,7 @@ def _adopt(where: Prompt) -> None:
 
 def add_routes() -> None:
     """Serve the last verdicts. Asking for them is how a client says that our script is loaded."""
-    server = _server()
+    server = host_server()
     # A second copy of the pack: the host would not start with two routes of one path.
     if server is None or any(getattr(route, "path", None) == ROUTE for route in server.routes):
         return

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from io import BytesIO
+
 import pytest
 from loading import ROOT
+from PIL import Image
 
 from workflows import TEMPLATES
 
@@ -23,9 +27,13 @@ SMALLER = {
         "SlipstreamVAEDecodeTiled": {"tile_size": 512},
     },
     "Benchmark - what each optimization gives": {"SlipstreamBenchmark": {"runs": 1}},
+    "Refiner handoff 0.8": {"EmptyLatentImage": {"width": 256, "height": 256}},
     "SDXL quantized and compiled": {"SlipstreamQuantize": {"min_features": 0}},
 }
 """What is set lower than in the template, since a CPU takes minutes, or the model that stands in is small."""
+
+IN_PLANS = {"Slipstream/model", "Slipstream/sampling"}
+"""Where the menu has the nodes that a saved image tells of."""
 
 LONG = {
     "4K decode on a small card",
@@ -62,6 +70,9 @@ def test_a_template_opens_runs_shows_image_and_verdicts_and_still_does_after_a_r
         assert all(line.state in states and line.is_visible and not line.is_last for line in lines)
     savers = [node["id"] for node in TEMPLATES[title]["nodes"] if node["type"] == "SaveImage"]
     assert all(page.shows_image(node_id) for node_id in savers)
+    in_plans = {str(node_id) for node_id in ours if category(page, kinds[node_id]) in IN_PLANS}
+    for node_id in savers:
+        assert recorded(page, outcome.prompt_id, node_id) == in_plans
     before = [page.verdicts(node_id) for node_id in ours]
     page.reload()
     fit(page)
@@ -70,6 +81,21 @@ def test_a_template_opens_runs_shows_image_and_verdicts_and_still_does_after_a_r
         assert all(line.is_last and line.is_visible for line in lines)
         assert all(line.text.endswith(earlier.text) for line, earlier in zip(lines, told, strict=True))
     assert not page.problems()
+
+
+def category(page, kind):
+    return page.page.request.get(f"{page.server.url}/object_info/{kind}").json()[kind]["category"]
+
+
+def recorded(page, prompt_id, saver):
+    """The nodes that asked for what the image that a node saved tells of its making."""
+    outputs = page.page.request.get(f"{page.server.url}/history/{prompt_id}").json()[prompt_id]["outputs"]
+    (image,) = outputs[str(saver)]["images"]
+    with Image.open(BytesIO(page.page.request.get(f"{page.server.url}/view", params=image).body())) as opened:
+        assert "workflow" in opened.text
+        record = json.loads(opened.text.get("slipstream", '{"samplers": {}}'))
+    runs = [run for sampler in record["samplers"].values() for run in sampler["runs"]]
+    return {node for run in runs for method in run["methods"] for node in method["nodes"]}
 
 
 def fit(page):

@@ -20,11 +20,15 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import small_models
 
-STANDINS = {"v1-5-pruned-emaonly-fp16.safetensors": "SD15", "sd_xl_base_1.0.safetensors": "SDXL"}
+STANDINS = {
+    "v1-5-pruned-emaonly-fp16.safetensors": "SD15",
+    "sd_xl_base_1.0.safetensors": "SDXL",
+    "sd_xl_refiner_1.0.safetensors": "SDXLRefiner",
+}
 
 
 class Clip:
-    """What CLIPTextEncode needs of a CLIP: a text gives noise that depends on it."""
+    """What the host's text encoding nodes need of a CLIP: a text gives noise that depends on it."""
 
     def __init__(self, width: int):
         self.width = width
@@ -32,10 +36,10 @@ class Clip:
     def tokenize(self, text: str) -> str:
         return text
 
-    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+    def encode_from_tokens_scheduled(self, tokens: str, add_dict: dict | None = None) -> list:
         generator = torch.Generator().manual_seed(sum(tokens.encode()))
         context = torch.randn(1, 77, self.width, generator=generator)
-        return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+        return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator), **(add_dict or {})}]]
 
 
 def small(name: str):
