@@ -19,7 +19,7 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui import Server
 from workspace import PACK, has_gpu, install_pack, run_program, say, show_models
 
-TEMPLATE = PACK / "workflows" / "Try Slipstream - no downloads.json"
+TEMPLATE = PACK / "workflows" / "1 - Try it, no downloads.json"
 BYPASSED = 4
 """The canvas's mode of a bypassed node."""
 VARIANTS = ("without", "with")

@@ -4,7 +4,7 @@
 
     with Server(comfyui, base_directory, log, ["--cpu"]) as server, Browser(chromium) as browser:
         page = browser.open(server, renderer="vue")
-        page.load(workflow)                  # or page.open_template("slipstream", "SDXL - DeepCache")
+        page.load(workflow)                  # or page.open_template("slipstream", "1 - Try it, no downloads")
         assert page.run().status == "success"
         assert page.verdicts(7)[0].state == "active"
         page.reload()
@@ -17,6 +17,7 @@ Nodes are named by execution id: ``7`` in the root graph, ``"12:7"`` for node 7 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,10 @@ class Page:
             and not ("Failed to load resource" in problem and self.server.url not in problem)
         ]
 
+    def forget_problems(self) -> None:
+        """For a page that several tests use: the next one begins without the problems of those before."""
+        self._problems.clear()
+
     def _wait_until_ready(self) -> None:
         self.page.wait_for_function(
             "() => window.app?.vueAppReady && app.graph?.nodes && app.api?.clientId", timeout=60_000
@@ -248,6 +253,24 @@ class Page:
         is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
         self.page.wait_for_function(is_open, arg=title)
         self.settle()
+
+    def add_by_search(self, name: str) -> int:
+        """Puts a node on the canvas by double-clicking it and typing what the node is called. Returns its id."""
+        before = self.page.evaluate("() => app.canvas.graph.nodes.map((node) => node.id)")
+        self.page.mouse.dblclick(750, 850)
+        self.settle()
+        self.page.keyboard.type(name)
+        self.settle()
+        self.page.keyboard.press("Enter")
+        added = "(before) => app.canvas.graph.nodes.find((node) => !before.includes(node.id))?.id"
+        node = int(self.page.wait_for_function(added, arg=before).json_value())
+        self.page.mouse.click(750, 850)  # until then newer hosts let it follow the pointer
+        self.settle()
+        return node
+
+    def tab(self) -> str:
+        """The name of the open workflow's tab."""
+        return str(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.filename"))
 
     def open_tab(self, name: str) -> None:
         """Goes to an open workflow's tab."""
@@ -394,3 +417,10 @@ class Page:
     def screenshot(self, path: Path) -> None:
         """Writes a picture of the page."""
         self.page.screenshot(path=str(path))
+
+
+def keep_picture(page: Page, name: str) -> None:
+    """Writes a picture of the page into the folder that SLIPSTREAM_SCREENSHOTS names, if it is set."""
+    if folder := os.environ.get("SLIPSTREAM_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(Path(folder) / f"{name.replace('/', '_')}.png")

@@ -9,9 +9,9 @@ import json
 from loading import ROOT
 
 TEMPLATES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "workflows").glob("*.json"))}
-SD15 = "SD 1.5 - DeepCache, CFG Cutoff and FreeU"
-BENCHMARK = "Benchmark - what each optimization gives"
-HANDOFF = "Refiner handoff 0.8"
+SD15 = "2 - SD 1.5 faster - DeepCache, CFG Cutoff and FreeU"
+BENCHMARK = "9 - Benchmark - what each optimization gives"
+HANDOFF = "4 - Refiner handoff 0.8"
 
 
 seeds = itertools.count(1000)

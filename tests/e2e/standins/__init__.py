@@ -24,7 +24,9 @@ STANDINS = {
     "v1-5-pruned-emaonly-fp16.safetensors": "SD15",
     "sd_xl_base_1.0.safetensors": "SDXL",
     "sd_xl_refiner_1.0.safetensors": "SDXLRefiner",
+    "tiniest.safetensors": "tiniest",
 }
+"""The last one is for templates that compile."""
 
 
 class Clip:
@@ -43,6 +45,8 @@ class Clip:
 
 
 def small(name: str):
+    if name == "tiniest":
+        return small_models.model(name), Clip(small_models.TINIEST["context_dim"]), small_models.vae(), None
     family, config = small_models.CONFIGS[name]
     # At the templates' sizes attention takes all the time: one block, at the lowest resolution. And then width.
     config = {**config, "model_channels": 32}
@@ -66,11 +70,12 @@ comfy.sd.load_checkpoint_guess_config = load_or_stand_in
 
 
 def put_tiny_vae() -> None:
-    """The file that a template asks for: the decoder alone."""
+    """The files that templates ask for: the decoders alone."""
     folder = Path(folder_paths.get_folder_paths("vae_approx")[0])
     folder.mkdir(parents=True, exist_ok=True)
     weights = small_models.vae().first_stage_model.taesd_decoder.state_dict()
-    save_file(weights, folder / "taesd_decoder.safetensors")
+    for name in ("taesd_decoder", "taesdxl_decoder"):
+        save_file(weights, folder / f"{name}.safetensors")
 
 
 put_tiny_vae()
