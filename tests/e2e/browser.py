@@ -116,6 +116,7 @@ class Browser:
             "Comfy.TutorialCompleted": True,
             "Comfy.VueNodes.Enabled": renderer == "vue",
             "Comfy.ColorPalette": theme,
+            "Comfy.Locale": "en",
             **(settings or {}),
         }
         answer = context.request.post(f"{server.url}/api/settings", data=json.dumps(chosen))

@@ -1,7 +1,9 @@
-"""The help pages' tables of inputs are what the schemas say, in each language."""
+"""What users read of each node, in English and in Chinese: translations, and the help pages' tables of inputs."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,45 @@ import pytest
 from comfy_api.latest import io
 from hosted import HOSTS_OWN, NODES
 
-DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS, LOCALES = ROOT / "web" / "docs", ROOT / "locales"
 BEGIN, END = "<!-- inputs -->", "<!-- /inputs -->"
 
 WORDS = {
-    "inputs": ("input", "kind and default", "what it does"),
-    "outputs": ("output", "kind", "what it is"),
-    "default": " (default)",
-    "range": " ({} to {})",
-    "at least": " ({} or more)",
-    "of": "; for {}",
-    "optional": ", optional",
-    "comma": ", ",
-    "or": " or ",
-    "any": "anything",
-    "sampler_name": "ComfyUI's samplers",
-    "scheduler": "ComfyUI's schedulers",
-    "name": "`auto` (default), or a file of yours",
+    "en": {
+        "inputs": ("input", "kind and default", "what it does"),
+        "outputs": ("output", "kind", "what it is"),
+        "default": " (default)",
+        "range": " ({} to {})",
+        "at least": " ({} or more)",
+        "of": "; for {}",
+        "optional": ", optional",
+        "comma": ", ",
+        "or": " or ",
+        "any": "anything",
+        "sampler_name": "ComfyUI's samplers",
+        "scheduler": "ComfyUI's schedulers",
+        "name": "`auto` (default), or a file of yours",
+    },
+    "zh": {
+        "inputs": ("输入", "类型与默认值", "作用"),
+        "outputs": ("输出", "类型", "内容"),
+        "default": "（默认）",
+        "range": "（{} 到 {}）",
+        "at least": "（不小于 {}）",
+        "of": "；用于 {}",
+        "optional": "，可选",
+        "comma": "、",
+        "or": " 或 ",
+        "any": "任意",
+        "sampler_name": "ComfyUI 的采样器",
+        "scheduler": "ComfyUI 的调度器",
+        "name": "`auto`（默认），或已有的文件",
+    },
 }
+CHINESE = json.loads((LOCALES / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+SAME_IN_CHINESE = {"CFG", "CFG Cutoff", "DeepCache", "FreeU", "TF32", "VAE", "Winograd", "b1", "b2", "s1", "s2"}
+"""Names that stay as they are."""
 
 every_node = pytest.mark.parametrize("name", list(NODES))
 
@@ -79,14 +102,26 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def tables(name: str) -> str:
+def tables(name: str, locale: str) -> str:
     """The table of a node's inputs; and of its outputs, unless that is one of the kind that came in."""
-    node, words = NODES[name], WORDS
-    inputs = [(f"`{key}`", kind(entry, having, words), entry.tooltip) for key, entry, having in inputs_of(node)]
-    schema = node.define_schema()
+    words, chinese = WORDS[locale], CHINESE[name] if locale == "zh" else None
+
+    def row(slot: str, key: str, label: str, told: str, tooltip: str) -> tuple[str, str, str]:
+        if chinese is None:
+            return f"`{label}`", told, tooltip
+        # What the canvas shows it as goes beside the id.
+        found = chinese[slot][key]
+        shown = found.get("name", label)
+        return f"`{label}`" + (f" {shown}" if shown != label else ""), told, found["tooltip"]
+
+    schema = NODES[name].define_schema()
+    inputs = [
+        row("inputs", key.replace(".", "_"), key, kind(entry, having, words), entry.tooltip)
+        for key, entry, having in inputs_of(NODES[name])
+    ]
     outputs = [
-        (f"`{entry.display_name or entry.get_io_type()}`", io_type(entry, words), entry.tooltip)
-        for entry in schema.outputs
+        row("outputs", str(index), entry.display_name or entry.get_io_type(), io_type(entry, words), entry.tooltip)
+        for index, entry in enumerate(schema.outputs)
     ]
     found = [table(words["inputs"], inputs)] if inputs else []
     if [entry.get_io_type() for entry in schema.outputs] != ["MODEL"]:
@@ -95,14 +130,73 @@ def tables(name: str) -> str:
 
 
 @every_node
-def test_the_tables_of_inputs_are_what_the_schema_says(name):
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_the_tables_of_inputs_are_what_the_schema_says(name, locale):
     """They drifted? This writes them anew: look at them and run again."""
-    page = DOCS / f"{name}.md"
+    page = DOCS / (f"{name}.md" if locale == "en" else f"{name}/{locale}.md")
     text = page.read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1, f"{page.name} needs one {BEGIN} and one {END} under its heading"
+    assert text.count(BEGIN) == text.count(END) == 1, f"{page} needs one {BEGIN} and one {END} under its heading"
     before, rest = text.split(BEGIN)
     written, after = rest.split(END)
-    now = f"\n\n{tables(name)}\n\n"
+    now = f"\n\n{tables(name, locale)}\n\n"
     if written != now:
         page.write_text(before + BEGIN + now + END + after, encoding="utf-8")
-        pytest.fail(f"the tables of {page.name} were no longer what the schema says; they were written anew")
+        pytest.fail(f"the tables of {page} were no longer what the schema says; they were written anew")
+
+
+def english(node: Any) -> dict[str, Any]:
+    """What the host translates of a node, keyed as its locale files are: a choice's inputs as ``choice_input``."""
+    schema = node.define_schema()
+    inputs = {key.replace(".", "_"): {"name": entry.id, "tooltip": entry.tooltip} for key, entry, _ in inputs_of(node)}
+    # An output without a name is shown as its type, which the host translates.
+    outputs = {
+        str(index): {**({"name": entry.display_name} if entry.display_name else {}), "tooltip": entry.tooltip}
+        for index, entry in enumerate(schema.outputs)
+    }
+    return {
+        "display_name": schema.display_name,
+        "description": schema.description,
+        **({"inputs": inputs} if inputs else {}),
+        "outputs": outputs,
+    }
+
+
+def texts(found: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The leaves, by their path."""
+    flat = {}
+    for key, value in found.items():
+        flat |= texts(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def test_the_translation_has_what_the_schemas_have_and_nothing_else():
+    assert texts(CHINESE).keys() == texts({name: english(node) for name, node in NODES.items()}).keys()
+
+
+def test_every_category_that_is_translated_is_one_of_ours():
+    """The host translates a category's parts for every pack: it has model, sampling and loaders itself."""
+    main = json.loads((LOCALES / "zh" / "main.json").read_text(encoding="utf-8"))
+    ours = {part for node in NODES.values() for part in node.define_schema().category.split("/")}
+    assert main.keys() == {"nodeCategories"}
+    assert main["nodeCategories"].keys() == {"measure", "memory"} <= ours
+
+
+@every_node
+def test_the_translation_is_chinese_and_says_what_the_english_says(name):
+    node = NODES[name]
+    told, said = texts(english(node)), texts(CHINESE[name])
+    choices = {
+        key.replace(".", "_"): [str(getattr(choice, "key", choice)) for choice in entry.options]
+        for key, entry, _ in inputs_of(node)
+        if entry.id not in HOSTS_OWN and getattr(entry, "options", None)
+    }
+    for key, chinese in said.items():
+        if chinese.removesuffix(" (Slipstream)") not in SAME_IN_CHINESE:
+            assert re.search("[\u4e00-\u9fff]", chinese), f"{key} is not Chinese: {chinese}"
+        # They have a meaning in the host's messages.
+        assert not set("{}@|") & set(chinese), f"{key}: {chinese}"
+        numbers = [set(re.findall(r"\d+(?:\.\d+)?", text)) for text in (told[key], chinese)]
+        assert numbers[0] <= numbers[1], f"{key} lacks {numbers[0] - numbers[1]}: {chinese}"
+        _, _, owner = key.removesuffix(".tooltip").rpartition("inputs.")
+        for choice in choices.get(owner, []):
+            assert f"{choice}:" not in told[key] or choice in chinese, f"{key} does not tell {choice}: {chinese}"

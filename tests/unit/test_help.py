@@ -46,15 +46,13 @@ def test_the_chinese_page_has_the_sections_of_the_english_one(page):
     assert all(text.strip() for text in chinese.values())
 
 
-def test_the_chinese_page_shows_the_figures_and_the_verdicts_of_the_english_one():
-    """Numbers with a decimal point or a unit, and what a node says in English."""
-    for page in PAGES:
-        english, chinese = sections(page), sections(DOCS / page.stem / "zh.md")
-        for one, other in zip(english, chinese, strict=True):
-            if one != "Inputs":
-                lacking = figures(english[one]) - figures(chinese[other])
-                assert not lacking, f"{page.stem}, {one}: {sorted(lacking)}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_chinese_page_has_the_figures_of_the_english_one(page):
+    english, chinese = sections(page), sections(DOCS / page.stem / "zh.md")
+    for one, other in zip(english, chinese, strict=True):
+        assert figures(english[one]) <= figures(chinese[other]), f"{one} has figures that {other} lacks"
 
 
 def figures(text: str) -> set[str]:
-    return set(re.findall(r"\d+\.\d+(?:e-\d)?", text))
+    """Numbers with a decimal point, outside of the generated tables."""
+    return set(re.findall(r"\d+\.\d+(?:e-\d+)?", re.sub(r"(?s)<!-- inputs -->.*<!-- /inputs -->", "", text)))
