@@ -1,4 +1,4 @@
-"""The templates as a user meets them: opened from the Templates browser, run, and the page reloaded, in both renderers."""
+"""The templates as a user meets them: opened in the Templates browser, run, the page reloaded; in both renderers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALLER = {
     },
     "9 - Benchmark - what each optimization gives": {"SlipstreamBenchmark": {"runs": 1}},
 }
-"""What is set lower than in the template, in all and in some: a CPU takes minutes, or the model that stands in is small."""
+"""What is set lower than in the template, in all and in some: a CPU takes minutes, and some stand-ins are small."""
 
 IN_PLANS = {"Slipstream/model", "Slipstream/sampling"}
 """Where the menu has the nodes that a saved image tells of."""
