@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
+
+from .plan import KEY
 
 
 @dataclass(frozen=True)
@@ -66,33 +71,39 @@ class HostGuidance:
         two (`sampler_cfg_function`, a guider's own arithmetic) is left out: it is the guidance, and
         some of it, as Perp-Neg, would divide by the norm of a difference that is zero.
         """
-        model, options, sigma = self.guider.inner_model, self.model_options, self.timestep
-        positive = self.guider.conds["positive"]
+        options = {name: value for name, value in self.model_options.items() if name != "sampler_cfg_function"}
+        evaluate = options.get("sampler_calc_cond_batch_function")
+        if evaluate is not None:
+            options["sampler_calc_cond_batch_function"] = lambda args: _in_both_slots(evaluate(args))
+        transformer_options = options.get("transformer_options", {})
+        wrappers = transformer_options.get("wrappers", {})
+        of_kind = {KEY: [_without_negative], **wrappers.get(WrappersMP.CALC_COND_BATCH, {})}
+        options["transformer_options"] = {
+            **transformer_options,
+            "wrappers": {**wrappers, WrappersMP.CALC_COND_BATCH: of_kind},
+        }
         negative = self.guider.conds.get("negative") if self._must_keep_negative else None
-        common = {"model": model, "model_options": options, "input": self.x, "sigma": sigma}
-        conds = [positive, None]
-        calc_cond_batch = options.get("sampler_calc_cond_batch_function")
-        if calc_cond_batch is not None:
-            prediction = calc_cond_batch({**common, "conds": conds})[0]
-        else:
-            prediction = comfy.samplers.calc_cond_batch(model, conds, self.x, sigma, options)[0]
-        # Copies: the host's slots are tensors of their own, and functions may write into them.
-        predictions = [prediction, prediction.clone()]
-        for function in options.get("sampler_pre_cfg_function", []):
-            predictions = function(
-                {**common, "conds": conds, "conds_out": predictions, "cond_scale": 1.0, "timestep": sigma}
-            )
-        denoised = predictions[0].clone()
-        for function in options.get("sampler_post_cfg_function", []):
-            denoised = function(
-                {
-                    **common,
-                    "denoised": denoised,
-                    "cond": positive,
-                    "uncond": negative,
-                    "cond_scale": 1.0,
-                    "cond_denoised": predictions[0],
-                    "uncond_denoised": predictions[1],
-                }
-            )
+        options["sampler_post_cfg_function"] = [
+            partial(_with_negative, function, negative) for function in options.get("sampler_post_cfg_function", [])
+        ]
+        # By its name: AnimateDiff-Evolved has its own there while it samples.
+        denoised: torch.Tensor = comfy.samplers.sampling_function(
+            self.guider.inner_model, self.x, self.timestep, None, self.guider.conds["positive"], 1.0, options, self.seed
+        )
         return denoised
+
+
+def _in_both_slots(predictions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    # A copy: the host's slots are tensors of their own, and functions may write into them.
+    return [predictions[0], predictions[0].clone()]
+
+
+def _without_negative(executor: Any, model: Any, conds: list[Any], *args: Any) -> Any:
+    """A wrapper at CALC_COND_BATCH: where there is no negative, the positive's prediction takes its slot."""
+    predictions = executor(model, conds, *args)
+    return _in_both_slots(predictions) if len(conds) == 2 and conds[1] is None else predictions
+
+
+def _with_negative(function: Callable[..., torch.Tensor], negative: Any, args: dict[str, Any]) -> torch.Tensor:
+    """A function after guidance, given the prompt that was not evaluated: some, such as SAG, evaluate it themselves."""
+    return function({**args, "uncond": negative})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from comfy import supported_models
@@ -48,6 +49,13 @@ def describe(patcher: Any, model_options: dict[str, Any]) -> Model:
 def hooked_weights(patcher: Any) -> set[str]:
     """Names, inside the diffusion model, of the weights that hooks on conditionings may patch between two calls."""
     return {key.removeprefix("diffusion_model.") for patches in patcher.hook_patches.values() for key in patches}
+
+
+def weights_version(patcher: Any) -> Hashable:
+    """What a model's weights are, LoRA and the like included: its own, and those of the models that are put into it when
+    it is loaded, such as AnimateDiff's."""
+    additional = patcher.get_nested_additional_models()
+    return patcher.patches_uuid, *(one.patches_uuid for one in additional)
 
 
 def _caches(transformer_options: dict[str, Any]) -> tuple[str, ...]:

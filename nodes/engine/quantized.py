@@ -14,6 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import nn
 
 from ..methods.method import Quantized, Quantizer
+from . import models
 
 if TYPE_CHECKING:
     from .model_call import HostModel
@@ -87,7 +88,7 @@ class QuantizedLayers:
         self._layers = list(self._chosen())
         # Another method may have cast some of them for this call.
         dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
-        self._kept = kept.of((host.patcher.patches_uuid, dtype, dtypes, host.device))
+        self._kept = kept.of((models.weights_version(host.patcher), dtype, dtypes, host.device))
         self.made.modules = len(self._layers)
         self.made.hooked = sum(layer.is_hooked for layer in self._layers)
         self._quantize_all()

@@ -74,6 +74,11 @@ def on_detach(patcher: Any, unpatch_all: bool) -> None:
 
 def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any):
     """The wrapper that every model with a plan carries, at the host's OUTER_SAMPLE."""
+    if executor.idx + 1 < len(executor.wrappers):
+        # Other packs' wrappers, wherever they were wired, come first: some put wrappers of their own on the run as it
+        # begins, such as those that run the UNet twice, or sample several times. The list is this executor's own.
+        executor.wrappers.append(outer_sample)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     guider = executor.class_obj
     plan = plan_of(guider.model_patcher)
     if not plan.entries or SamplingRun.is_in(guider.model_options):

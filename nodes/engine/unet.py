@@ -9,6 +9,7 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
+from comfy.patcher_extension import WrapperExecutor
 
 
 class HostUNetCall:
@@ -89,13 +90,25 @@ class HostUNetCall:
     def full(self, branch: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         captured: list[torch.Tensor] = []
         options = self.options if branch is None else capturing(self.unet, branch, self.options, captured)
-        output = self.executor(self.x, self.timesteps, self.context, self.y, self.control, options, **self.kwargs)
-        return output, captured[0] if captured else None
+        output = self._next(self.executor, options)
+        # A wrapper inside may run the UNet several times, and which is which it alone knows.
+        return output, captured[0] if len(captured) == 1 else None
 
     def partial(self, branch: int, deep: torch.Tensor) -> torch.Tensor:
-        return outer_blocks(
-            self.unet, branch, deep, self.x, self.timesteps, self.context, self.y, self.control, self.options
+        # Wrappers inside, which joined after the run had begun, stand around whatever runs.
+        executor = WrapperExecutor.new_class_executor(
+            lambda *args, **kwargs: outer_blocks(self.unet, branch, deep, *args),
+            self.unet,
+            self.executor.wrappers,
+            self.executor.idx,
         )
+        return self._next(executor, self.options)
+
+    def _next(self, executor: Any, options: dict[str, Any]) -> torch.Tensor:
+        output: torch.Tensor = executor(
+            self.x, self.timesteps, self.context, self.y, self.control, options, **self.kwargs
+        )
+        return output
 
 
 def capturing(unet: Any, branch: int, options: dict[str, Any], captured: list[torch.Tensor]) -> dict[str, Any]:

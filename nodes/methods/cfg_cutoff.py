@@ -33,7 +33,8 @@ UNITS = ("steps", "timesteps")
 class CFGCutoff(Configuration):
     """Attributes:
     cutoff: fraction of the run after which only the positive is evaluated, 0.0 to 1.0; 1.0 is off.
-    unit: ``steps``: from step ``int(cutoff * steps)`` of this run on; ``timesteps``: from that
+    unit: ``steps``: from step ``int(cutoff * steps)`` of this run on, but not from its first unless
+        cutoff is 0; ``timesteps``: from that
         fraction of the training timesteps on, so that an image-to-image run, which begins late,
         is cut off at the same noise level as a full one.
     """
@@ -66,7 +67,8 @@ class CFGCutoffRun(MethodRun):
     def __init__(self, config: CFGCutoff, run: Run):
         self.config = config
         self.steps = run.steps
-        self.first_step = int(config.cutoff * len(run.steps))
+        # A node that samples step by step (Impact Pack's regional sampler) would have no guidance at all.
+        self.first_step = max(int(config.cutoff > 0), int(config.cutoff * len(run.steps)))
         self.sigma = run.percent_to_sigma(config.cutoff) if config.unit == "timesteps" else None
         self.evaluations = 0
         self.is_guided = False

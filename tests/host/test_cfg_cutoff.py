@@ -56,6 +56,14 @@ def test_it_begins_at_step_int_of_cutoff_times_steps(value, steps, model):
     assert counted.rows == [2] * first + [1] * (steps - first)
 
 
+def test_a_run_of_one_step_is_guided(model, last_lines):
+    """Packs sample regions step by step, each step a run of its own."""
+    with Counter(model) as counted:
+        sample(cutoff(model, 0.75), steps=4, start_step=2, last_step=3)
+        sample(cutoff(model, 0.0), steps=4, start_step=2, last_step=3)
+    assert counted.rows == [2, 1]
+
+
 def test_timesteps_cut_an_image_to_image_run_off_at_the_same_noise_level(model):
     full = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 20)
     threshold = model.get_model_object("model_sampling").percent_to_sigma(0.6)
@@ -251,6 +259,28 @@ def test_a_guidance_function_of_another_node_that_is_left_out_is_told(model, las
     assert last_lines("2")[0][1].endswith(
         "another node's own way of combining predictions was left out with the guidance"
     )
+
+
+def test_what_another_pack_has_in_place_of_the_hosts_sampling_function_is_what_evaluates(model, monkeypatch):
+    """AnimateDiff-Evolved's own sets up each evaluation, tells its other wrappers, and has a cfg of its own."""
+    told, host = [], comfy.samplers
+
+    def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed=None):
+        options = {**model_options, "transformer_options": {**model_options["transformer_options"], "told": True}}
+        cond_pred, uncond_pred = host.calc_cond_batch(model, [cond, uncond], x, timestep, options)
+        return uncond_pred + (cond_pred - uncond_pred) * 7.0
+
+    def calc_cond_batch(executor, model, conds, x, timestep, model_options):
+        told.append((model_options["transformer_options"]["told"], conds[1] is not None))
+        return executor(model, conds, x, timestep, model_options)
+
+    patched = model.clone()
+    patched.add_wrapper("calc_cond_batch", calc_cond_batch)
+    unguided = sample(model, cfg=1.0)
+    monkeypatch.setattr(comfy.samplers, "sampling_function", sampling_function)
+    sample(cutoff(patched))
+    assert told == [(True, True)] * 3 + [(True, False)] * 3
+    assert torch.equal(sample(cutoff(patched, 0.0)), unguided)
 
 
 def test_functions_after_guidance_may_write_into_what_they_get(model):

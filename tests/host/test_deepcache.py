@@ -8,7 +8,8 @@ import comfy.samplers
 import hosted
 import pytest
 import torch
-from comfy.patcher_extension import WrapperExecutor
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrapperExecutor, add_wrapper_with_key
 from hosted import CONFIGS, Counter, add_core_freeu, controlnet, prompt, run_node, sample, with_control
 
 every_family = pytest.mark.parametrize("family", list(CONFIGS))
@@ -532,6 +533,57 @@ def test_windows_that_move_are_reused_for_the_same_frames_only(is_named, model, 
     assert state == "inert"
     assert "other conditions, windows or tiles" in text
     assert torch.equal(out, sample(windowed(model, is_named), image=hosted.latent(model, batch=8), steps=6))
+
+
+def twice_a_call(patcher):
+    """A wrapper such as Advanced-ControlNet's for references: put on the run when it begins, it runs the UNet on
+    another latent first, and on the real one with what that gave."""
+
+    def reading(executor, x, *args, **kwargs):
+        return executor(x, *args, **kwargs) + 0.3 * executor(torch.ones_like(x), *args, **kwargs)
+
+    def outer_sample(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before, guider.model_options = guider.model_options, create_model_options_clone(guider.model_options)
+        try:
+            add_wrapper_with_key("diffusion_model", "test", reading, guider.model_options, is_model_options=True)
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = before
+
+    clone = patcher.clone()
+    clone.add_wrapper("outer_sample", outer_sample)
+    return clone
+
+
+def test_a_pack_that_runs_the_unet_twice_a_call_may_be_wired_anywhere(model, last_lines):
+    """Each of the two calls has features of its own, also where what runs it twice joins the run after us."""
+    below = sample(deepcache(twice_a_call(model), cache_interval=3), steps=6)
+    assert last_lines("1") == [
+        ("active", "reused the deep features in 4 of 6 steps: 8 of 12 UNet calls ran 2 of 25 blocks")
+    ]
+    assert torch.equal(sample(twice_a_call(deepcache(model, cache_interval=3)), steps=6), below)
+    exact = sample(twice_a_call(model), steps=6)
+    assert relative_error(below, exact) < 0.5 * relative_error(sample(deepcache(model), steps=6), exact)
+
+
+def test_wrappers_inside_stand_around_cached_calls_too(model):
+    """Those that join each evaluation, after the run has begun."""
+    seen = []
+
+    def inside(executor, x, *args, **kwargs):
+        seen.append(x.shape[0])
+        return executor(x, *args, **kwargs) * 1.1
+
+    def calc_cond_batch(executor, model, conds, x, timestep, model_options):
+        options = create_model_options_clone(model_options)
+        add_wrapper_with_key("diffusion_model", "test", inside, options, is_model_options=True)
+        return executor(model, conds, x, timestep, options)
+
+    wrapped = model.clone()
+    wrapped.add_wrapper("calc_cond_batch", calc_cond_batch)
+    sample(deepcache(wrapped, cache_interval=3), steps=6)
+    assert seen == [2] * 6
 
 
 def test_features_are_kept_only_as_long_as_they_can_be_used(model):

@@ -8,9 +8,12 @@ import re
 import weakref
 
 import comfy.model_management
+import comfy.ops
 import hosted
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection
 from hosted import PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
 
 BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
@@ -167,6 +170,38 @@ def test_quantized_weights_stay_for_the_next_run_until_the_model_is_unloaded(mod
     assert weight() is None
     assert torch.equal(draw(quantized), first)
     assert "quantized in " in last_lines("1")[0][1]
+
+
+class Injected(torch.nn.Module):
+    """A layer that another pack puts into a block of the UNet."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.linear = comfy.ops.disable_weight_init.Linear(32, 32)
+        hosted.initialize(self, seed)
+
+    def forward(self, x):
+        return x + self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def injected(patcher, seed):
+    """As AnimateDiff-Evolved does: a model of its own, whose layers are in the UNet's blocks while that is loaded."""
+    other = ModelPatcher(Injected(seed), hosted.CPU, hosted.CPU)
+    clone = patcher.clone()
+    clone.set_additional_models("test", [other])
+    block = clone.model.diffusion_model.input_blocks[1]
+    inject, eject = lambda patcher: block.append(other.model), lambda patcher: block.__delitem__(-1)
+    clone.set_injections("test", [PatcherInjection(inject, eject)])
+    return clone
+
+
+def test_what_other_models_put_into_it_is_quantized_anew_when_it_is_another(model):
+    images = [
+        draw(quantize(injected(patcher, seed))) for patcher in (model, hosted.model("minimal")) for seed in (1, 2)
+    ]
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], draw(quantize(injected(hosted.model("minimal"), 2))))
+    assert not torch.equal(images[0], images[1])
 
 
 def test_a_model_that_was_quantized_is_freed_with_its_patcher():
