@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import model_node, option
-from .engine.recipe import cook
+from .engine.recipe import plan_for
 from .methods.recipe import BALANCED, GOALS
 
 
@@ -34,4 +34,4 @@ class SlipstreamRecipe(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, goal):
-        return cook(cls, model, goal)
+        return plan_for(cls, model, goal)

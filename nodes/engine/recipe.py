@@ -18,7 +18,7 @@ SIDE = 1024
 """Of the picture that memory is reckoned for, in pixels."""
 
 
-def cook(node: type[io.ComfyNode], model: Any, goal: str) -> io.NodeOutput:
+def plan_for(node: type[io.ComfyNode], model: Any, goal: str) -> io.NodeOutput:
     """The node's output: the model with the methods of a recipe in its plan, as suggestions.
 
     Args:

@@ -209,7 +209,8 @@ def test_every_order_gives_the_same_bits_above_and_below_other_nodes(surrounding
     assert not torch.equal(sample(plain, positive, negative), images[0])
 
 
-PAIRS = list(itertools.combinations(METHODS, 2))
+# Of a recipe, whose methods are all here by themselves, see test_recipe.
+PAIRS = list(itertools.combinations([name for name in METHODS if name != "SlipstreamRecipe"], 2))
 SAMPLERS = itertools.cycle(["euler", "heun", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2s_ancestral"])
 
 

@@ -18,7 +18,7 @@ GPU = torch.device("cpu", 0)
 """The CPU by its index: another device to the host, so it loads and offloads, but nothing really moves."""
 
 
-def cook(patcher, goal, node_id="1"):
+def planned(patcher, goal, node_id="1"):
     return run_node("SlipstreamRecipe", patcher, node_id, goal=goal)
 
 
@@ -90,7 +90,7 @@ def test_what_is_given_does_not_depend_on_what_is_wired_before(model):
 @pytest.mark.parametrize("goal", hosted.method("recipe").GOALS)
 def test_every_goal_on_every_family(goal, name, told):
     patcher = hosted.model(name)
-    plan = settings(cook(patcher, goal))
+    plan = settings(planned(patcher, goal))
     assert all(entry.suggested for entry in plan.values())
     for entry in plan.values():
         entry.config.check(hosted.engine("models").describe(patcher, {}))
@@ -98,12 +98,12 @@ def test_every_goal_on_every_family(goal, name, told):
     # On a processor.
     assert {"attention_backend"} <= set(plan)
     assert ("winograd" in plan) == (goal in ("balanced", "fastest") and name != "DiT")
-    assert settings(cook(patcher, goal)) == plan
+    assert settings(planned(patcher, goal)) == plan
     assert not settings(patcher)
 
 
 def test_a_run(model, told, last_lines, no_measuring):
-    fast = cook(model, "fastest")
+    fast = planned(model, "fastest")
     with hosted.Counter(model) as plainly:
         sample(model, steps=4)
     with hosted.Counter(fast) as counted:
@@ -137,7 +137,7 @@ def test_the_list_stays_above_what_became_of_each_also_where_the_node_is_cached(
         return CurrentNodeContext(name, node)
 
     with prompt("first", "1"):
-        best = cook(model, "best quality")
+        best = planned(model, "best quality")
     for name in ("first", "second"):
         with prompt(name, "3"):
             sample(best, steps=1)
@@ -152,7 +152,7 @@ def test_the_list_stays_above_what_became_of_each_also_where_the_node_is_cached(
 def test_without_anything_to_choose_it_is_the_very_same_model_and_says_why(given, last_lines):
     dit = hosted.model("DiT")
     given(device="cuda", device_mib=24576)
-    assert cook(dit, "best quality") is dit
+    assert planned(dit, "best quality") is dit
     ((state, text),) = last_lines("1")
     assert state == "off"
     assert text.startswith("off: nothing to choose. best quality, for AuraFlow (")
@@ -161,9 +161,9 @@ def test_without_anything_to_choose_it_is_the_very_same_model_and_says_why(given
 
 def test_a_node_of_a_methods_own_wins_wherever_it_is_wired(model, last_lines, no_measuring):
     cutoff = lambda patcher: run_node("SlipstreamCFGCutoff", patcher, "2", cutoff=0.25)  # noqa: E731
-    images = [sample(patcher) for patcher in (cutoff(cook(model, "fastest")), cook(cutoff(model), "fastest"))]
+    images = [sample(patcher) for patcher in (cutoff(planned(model, "fastest")), planned(cutoff(model), "fastest"))]
     assert torch.equal(*images)
-    assert not torch.equal(images[0], sample(cook(model, "fastest")))
+    assert not torch.equal(images[0], sample(planned(model, "fastest")))
     ((state, text),) = last_lines("2")
     assert (state, text[:3]) == ("active", "no ")
 
@@ -171,7 +171,7 @@ def test_a_node_of_a_methods_own_wins_wherever_it_is_wired(model, last_lines, no
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
 def test_any_order_with_lora_and_other_nodes(order, model, no_measuring):
     put = [
-        lambda patcher: cook(patcher, "balanced"),
+        lambda patcher: planned(patcher, "balanced"),
         add_lora,
         lambda patcher: run_node("SlipstreamFreeU", hosted.add_core_freeu(patcher), "2", preset="SD 1.5"),
     ]
@@ -182,30 +182,33 @@ def test_any_order_with_lora_and_other_nodes(order, model, no_measuring):
         expected = one(expected)
     image = sample(patcher, steps=4)
     assert torch.equal(image, sample(expected, steps=4))
-    assert not torch.equal(image, sample(cook(model, "balanced"), steps=4))
+    assert not torch.equal(image, sample(planned(model, "balanced"), steps=4))
 
 
 def test_two_that_differ_are_refused_naming_both(model, last_lines):
-    one, other = cook(model, "balanced", "41"), cook(model, "fastest", "42")
-    for both in (cook(one, "fastest", "42"), cook(other, "balanced", "41")):
+    one, other = planned(model, "balanced", "41"), planned(model, "fastest", "42")
+    for both in (planned(one, "fastest", "42"), planned(other, "balanced", "41")):
         with pytest.raises(ValueError, match=r"CFG Cutoff: node 4[12] and node 4[12] .*cutoff 0\.\d+ against 0\.\d+"):
             sample(both)
         assert last_lines("41")[-1][0] == last_lines("42")[-1][0] == "failed"
 
 
 def test_two_that_agree_are_one(model, told):
-    image = sample(cook(model, "best quality"))
-    assert torch.equal(sample(cook(cook(model, "best quality"), "best quality", "2")), image)
+    image = sample(planned(model, "best quality"))
+    assert torch.equal(sample(planned(planned(model, "best quality"), "best quality", "2")), image)
     assert told("1") == told("2")
 
 
 def test_beside_the_cpu_node(model, no_measuring):
     """It suggests the same on a processor."""
     cpu = lambda patcher, **inputs: run_node("SlipstreamCPU", patcher, "2", **inputs)  # noqa: E731
-    expected = sample(cook(model, "balanced"))
-    assert torch.equal(sample(cpu(cook(model, "balanced"))), expected)
-    assert torch.equal(sample(cook(cpu(model), "balanced")), expected)
-    for both in (cpu(cook(model, "balanced"), winograd="F(2x2)"), cook(cpu(model, winograd="F(2x2)"), "balanced")):
+    expected = sample(planned(model, "balanced"))
+    assert torch.equal(sample(cpu(planned(model, "balanced"))), expected)
+    assert torch.equal(sample(planned(cpu(model), "balanced")), expected)
+    for both in (
+        cpu(planned(model, "balanced"), winograd="F(2x2)"),
+        planned(cpu(model, winograd="F(2x2)"), "balanced"),
+    ):
         with pytest.raises(ValueError, match=r"Winograd: node [12] and node [12] .*form"):
             sample(both)
 
@@ -216,7 +219,7 @@ def test_a_suggestion_that_another_node_rules_out_is_left_out_wherever_that_is_w
         patcher.model_options["transformer_options"]["easycache"] = SimpleNamespace(name="EasyCache")
         return patcher
 
-    images = [sample(patcher) for patcher in (cached(cook(model, "balanced")), cook(cached(model), "balanced"))]
+    images = [sample(patcher) for patcher in (cached(planned(model, "balanced")), planned(cached(model), "balanced"))]
     assert torch.equal(*images)
     ((state, text),) = last_lines("1")
     assert state == "inert"
@@ -232,7 +235,7 @@ def test_a_memory_goal_keeps_the_weights_within_it(percent, model, given, monkey
     beside = recipe.RESERVED_MIB + recipe.LEAST_ACTIVATIONS_MIB
     monkeypatch.setitem(recipe.LIMITS, "under 4 GB", beside + size * percent / 100)
     given(device="cuda", activations_mib=0, has_ram_apart=True, int8_mib=size)
-    carrying = cook(add_lora(model), "under 4 GB")
+    carrying = planned(add_lora(model), "under 4 GB")
     assert list(settings(carrying)) == ["sequential_offload", "cfg_cutoff"]
     budget = settings(carrying)["sequential_offload"].config.budget_mib
     assert budget == int(size * percent / 100)
@@ -245,4 +248,6 @@ def test_a_memory_goal_keeps_the_weights_within_it(percent, model, given, monkey
 
 
 def test_the_node_has_the_default_goal(model):
-    assert set(settings(execute("SlipstreamRecipe", model=model).result[0])) == set(settings(cook(model, "balanced")))
+    assert set(settings(execute("SlipstreamRecipe", model=model).result[0])) == set(
+        settings(planned(model, "balanced"))
+    )
