@@ -36,10 +36,13 @@ _ADD = """
 }
 """
 
+_IS_HELP = """
+(title) => document.querySelector('.node-help-content .markdown-content h1')?.textContent === title
+"""
+
 _READ_HELP = """
-async (title) => {
+async () => {
   const help = document.querySelector('.node-help-content .markdown-content')
-  if (help?.querySelector('h1')?.textContent !== title) return
   const pictures = [...help.querySelectorAll('img')]
   await Promise.allSettled(pictures.map((picture) => picture.decode()))
   return {
@@ -91,11 +94,12 @@ def test_the_canvas_and_the_help_panel(open_page, locale):
         page.page.mouse.click(400, 235)  # its title
         page.page.get_by_test_id("info-button").click()
         source = (DOCS / (f"{name}.md" if told is None else f"{name}/zh.md")).read_text(encoding="utf-8")
-        title = re.match("# (.+)", source)[1]
-        help_page = page.page.wait_for_function(_READ_HELP, arg=title).json_value()
+        page.page.wait_for_function(_IS_HELP, arg=re.match("# (.+)", source)[1])
+        help_page = page.page.evaluate(_READ_HELP)
         assert help_page["headings"] == [plain(heading) for heading in re.findall("(?m)^## (.+)", source)]
         assert [[row[0] for row in table] for table in help_page["tables"]] == tables(source)
         assert not re.search(r"<!--|-->|\*\*|`", help_page["text"]), f"{name}: Markdown shows"
         assert all(link.startswith("https://") for link in help_page["links"])
         assert not help_page["broken"]
-    assert not page.problems()
+    # The host asks for <NodeId>/en.md first, and then takes <NodeId>.md.
+    assert not [problem for problem in page.problems() if not problem.endswith("/en.md)")]

@@ -18,8 +18,8 @@ BEGIN, END = "<!-- inputs -->", "<!-- /inputs -->"
 
 WORDS = {
     "en": {
-        "inputs": ("input", "kind and default", "what it does"),
-        "outputs": ("output", "kind", "what it is"),
+        "inputs": ("input", "what it takes and does"),
+        "outputs": ("output", "what it is"),
         "default": " (default)",
         "range": " ({} to {})",
         "at least": " ({} or more)",
@@ -33,8 +33,8 @@ WORDS = {
         "name": "`auto` (default), or a file of yours",
     },
     "zh": {
-        "inputs": ("输入", "类型与默认值", "作用"),
-        "outputs": ("输出", "类型", "内容"),
+        "inputs": ("输入", "取值与作用"),
+        "outputs": ("输出", "内容"),
         "default": "（默认）",
         "range": "（{} 到 {}）",
         "at least": "（不小于 {}）",
@@ -106,13 +106,14 @@ def tables(name: str, locale: str) -> str:
     """The table of a node's inputs; and of its outputs, unless that is one of the kind that came in."""
     words, chinese = WORDS[locale], CHINESE[name] if locale == "zh" else None
 
-    def row(slot: str, key: str, label: str, told: str, tooltip: str) -> tuple[str, str, str]:
+    def row(slot: str, key: str, label: str, told: str, tooltip: str) -> tuple[str, str]:
+        # Two columns: the host's help panel is narrow.
         if chinese is None:
-            return f"`{label}`", told, tooltip
+            return f"`{label}`", f"{told}<br>{tooltip}"
         # What the canvas shows it as goes beside the id.
         found = chinese[slot][key]
         shown = found.get("name", label)
-        return f"`{label}`" + (f" {shown}" if shown != label else ""), told, found["tooltip"]
+        return f"`{label}`" + (f" {shown}" if shown != label else ""), f"{told}<br>{found['tooltip']}"
 
     schema = NODES[name].define_schema()
     inputs = [
