@@ -52,8 +52,8 @@ def hooked_weights(patcher: Any) -> set[str]:
 
 
 def weights_version(patcher: Any) -> Hashable:
-    """What a model's weights are, LoRA and the like included: its own, and those of the models that are put into it when
-    it is loaded, such as AnimateDiff's."""
+    """What a model's weights are, LoRA and the like included: its own, and those of the models that are put into it
+    when it is loaded, such as AnimateDiff's."""
     additional = patcher.get_nested_additional_models()
     return patcher.patches_uuid, *(one.patches_uuid for one in additional)
 

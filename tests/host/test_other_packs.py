@@ -69,6 +69,7 @@ def load(name: str) -> Any:
 def load_nodes(name: str) -> None:
     """A file of the host's own further nodes, which packs look up by their names."""
     import comfy_extras
+
     import nodes
 
     with ThreadPoolExecutor(1) as thread:
