@@ -188,7 +188,7 @@ NEVER = (
     Against((BEST,), "winograd", "rounds more"),
     Against((BEST,), "deepcache", "approximate"),
     Against((BEST,), "cfg_cutoff", "approximate"),
-    Against(PICTURE, "quantize", "approximate; that it saves time is measured nowhere"),
+    Against(PICTURE, "quantize", "approximate; what it saves beside the others is not measured"),
     Against(PICTURE, "sequential_offload", "saves memory, not time"),
     Against(MEMORY, "compile_model", "takes memory to compile, and can't compile what is offloaded"),
     Against(MEMORY, "precision", "takes memory for weights in another form"),
