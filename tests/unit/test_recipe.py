@@ -295,7 +295,7 @@ def test_the_whole_text(installed):
             "+ CFG Cutoff, cutoff 0.5: half the work in the last half of the steps. Costs: approximate (SSIM 0.971)",
             "- no Precision: for processors, and this model runs on cuda",
             "- no Winograd: for processors, and this model runs on cuda",
-            "- no Quantize Model: approximate; that it saves time is measured nowhere",
+            "- no Quantize Model: approximate; what it saves beside the others is not measured",
             "- no Sequential Offload: saves memory, not time",
             "- no FreeU: changes the picture on purpose",
             "> Tiny VAE decodes in a fraction of the time, with a little less detail",
