@@ -145,11 +145,12 @@ def on_prompt(data: dict[str, Any]) -> dict[str, Any]:
     graph = data.get("prompt")
     if not isinstance(graph, dict) or not any(_is_ours(node) for node in graph.values()):
         return data
-    extra = data.setdefault("extra_data", {})
+    extra = data.get("extra_data") or {}
     info = extra.get(INFO)
-    # A client of the API may send none, or anything.
-    if info is None or isinstance(info, dict):
-        metadata = extra[INFO] = Metadata(info or {}, graph)
+    # A client of the API may send none, or anything. Then it gets none: other packs' nodes take its being there for a
+    # sign that the page sent the prompt, with its workflow.
+    if isinstance(info, dict):
+        metadata = extra[INFO] = Metadata(info, graph)
         # Not `metadata.nodes`: the host may yet replace some.
         nodes = _by_signature(graph)
         with _lock:
@@ -186,9 +187,16 @@ def _signature(graph: dict[str, dict[str, Any]], node: str, found: dict[str, str
         found[node] = ""
         entry = graph.get(node, {})
         inputs = {
-            name: [_signature(graph, value[0], found), value[1]] if is_link(value) else value
+            name: [_signature(graph, value[0], found), value[1]] if is_link(value) else _plain(value)
             for name, value in entry.get("inputs", {}).items()
         }
         parts = [entry.get("class_type"), inputs, node if _is_ours(entry) else None]
         found[node] = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return found[node]
+
+
+def _plain(value: Any) -> Any:
+    """An input as it is before the host's validation and after, which makes a float of an integer where one belongs."""
+    if isinstance(value, dict) and "__value__" in value:
+        value = value["__value__"]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -205,12 +205,16 @@ def _add(model: Any, entries: list[Entry]) -> io.NodeOutput:
     plan = plan_of(model)
     try:
         for entry in entries:
+            plan = plan.adding(entry)
+            try:
+                entry.config.check(models.describe(model, model.model_options))
+            except (ValueError, RuntimeError):
+                # Of a suggestion the run decides, whichever way the graph is wired.
+                if entry.suggested:
+                    continue
+                raise
             if entry.config.phase == "compile":
                 model = machine.without_dynamic_vram(model, entry.config.title)
-            # Of a suggestion the run decides, whichever way the graph is wired.
-            if not entry.suggested:
-                entry.config.check(models.describe(model, model.model_options))
-            plan = plan.adding(entry)
     except (ValueError, RuntimeError) as error:
         # Else the success of an earlier run would stay on the node.
         verdicts.publish_refused(source, error)

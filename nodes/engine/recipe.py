@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
+from comfy.model_base import BaseModel
 from comfy_api.latest import io
 from torch import nn
 
@@ -26,6 +27,8 @@ def plan_for(node: type[io.ComfyNode], model: Any, goal: str) -> io.NodeOutput:
         model: ModelPatcher.
         goal: one of `methods.recipe.GOALS`.
     """
+    if not isinstance(model.model, BaseModel):
+        return pass_through(node, model, "this model is none of ComfyUI's own kinds, so that nothing is known of it")
     recipe = choose(goal, given(model), registry.kind)
     if not recipe.chosen:
         return pass_through(node, model, f"nothing to choose. {recipe}")

@@ -242,6 +242,11 @@ class Handoff:
         noise = comfy.sample.prepare_noise(image, self.call.seed, self.call.latent.get("batch_index"))
         samples = of_base = self._sample(self.base, leg, noise, image, self.call.seed) if leg.steps else image
         if len(rest) > 1:
+            if leg.steps and leg.end is None:
+                raise RuntimeError(
+                    f"{TITLE} (node {self.node.id}): expected the base to be sampled by {self.call.sampler_name}, but "
+                    "a node on it samples in its own way, so that there is nothing to hand over. Take that node out."
+                )
             samples = self._sample(self.refiner, Leg(rest, whole, leg.end), noise, image, self.call.refiner_seed)
         if not leg.steps:
             self._conclude("inert", "handoff leaves the base none, so that the refiner made all of it")
@@ -368,7 +373,7 @@ class Handoff:
             return conditioning
         is_sdxl = (base.family, refiner.family) == ("SDXL", "SDXL refiner")
         width = CLIP_L + self.refiner.model.model.model_config.unet_config["context_dim"] if is_sdxl else 0
-        if not is_sdxl or any(tensor.shape[-1] != width for tensor, _ in conditioning):
+        if not is_sdxl or any(tensor is None or tensor.shape[-1] != width for tensor, _ in conditioning):
             raise ValueError(
                 f"{TITLE}: refiner_{name} is not connected, and the base's prompt can't stand in for it: that takes an "
                 f"SDXL base with its own prompts and an SDXL refiner, but the base is {base.name} and the refiner "
@@ -386,6 +391,8 @@ class Handoff:
     def _boundary(self, settings: Ensemble) -> float:
         """The noise level at the cutoff."""
         sampling = self.base.model_sampling
+        if settings.handoff <= 0:
+            return math.inf
         if not _has_timesteps(sampling):
             return float(sampling.percent_to_sigma(settings.handoff))
         cutoff = settings.cutoff(sampling.num_timesteps)

@@ -74,9 +74,10 @@ def on_detach(patcher: Any, unpatch_all: bool) -> None:
 
 def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any):
     """The wrapper that every model with a plan carries, at the host's OUTER_SAMPLE."""
-    if executor.idx + 1 < len(executor.wrappers):
+    if executor.idx + 1 < len(executor.wrappers) and executor.wrappers.count(outer_sample) == 1:
         # Other packs' wrappers, wherever they were wired, come first: some put wrappers of their own on the run as it
-        # begins, such as those that run the UNet twice, or sample several times. The list is this executor's own.
+        # begins, such as those that run the UNet twice, or sample several times. The list is this executor's own. Once
+        # only: where a guider samples inside its own run, the list holds this wrapper twice.
         executor.wrappers.append(outer_sample)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     guider = executor.class_obj
@@ -161,19 +162,20 @@ class SamplingRun:
         self.publish()
         model_sampling = self.guider.model_patcher.get_model_object("model_sampling")
         model = models.describe(self.guider.model_patcher, self.guider.model_options)
-        is_compiled = model.compiler is not None or any(entry.config.phase == "compile" for entry in self.plan.entries)
-        plan = tuple(entry.config for entry in self.plan.entries)
-        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)), is_compiled, plan)
+        left_out: dict[Entry, LeftOut] = {}
         for entry in self.plan.entries:
             entry.check_agreed()
             try:
                 entry.config.check(model)
             except (ValueError, RuntimeError) as error:
-                if entry.suggested:
-                    self.methods.append(LeftOut(str(error).removeprefix(f"{entry.config.title}: ")))
-                    continue
-                raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
-            method = entry.config.begin(run)
+                if not entry.suggested:
+                    raise type(error)(f"{error} ({entry.config.title} was added by {entry}.)") from error
+                left_out[entry] = LeftOut(str(error).removeprefix(f"{entry.config.title}: "))
+        plan = tuple(entry.config for entry in self.plan.entries if entry not in left_out)
+        is_compiled = model.compiler is not None or any(config.phase == "compile" for config in plan)
+        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)), is_compiled, plan)
+        for entry in self.plan.entries:
+            method = left_out.get(entry) or entry.config.begin(run)
             self.methods.append(method)
             if takes_part(method, "load"):
                 self._load(method)

@@ -95,13 +95,15 @@ class HostUNetCall:
         return output, captured[0] if len(captured) == 1 else None
 
     def partial(self, branch: int, deep: torch.Tensor) -> torch.Tensor:
+        may_run_twice = self.has_wrappers_inside
+
+        def outer(x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
+            # Core's FreeU writes into what it gets.
+            features, options = deep.clone() if may_run_twice else deep, transformer_options or {}
+            return outer_blocks(self.unet, branch, features, x, timesteps, context, y, control, options)
+
         # Wrappers inside, which joined after the run had begun, stand around whatever runs.
-        executor = WrapperExecutor.new_class_executor(
-            lambda *args, **kwargs: outer_blocks(self.unet, branch, deep, *args),
-            self.unet,
-            self.executor.wrappers,
-            self.executor.idx,
-        )
+        executor = WrapperExecutor.new_class_executor(outer, self.unet, self.executor.wrappers, self.executor.idx)
         return self._next(executor, self.options)
 
     def _next(self, executor: Any, options: dict[str, Any]) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Linear
 
+from ..compiling.backends import first_line
 from .method import (
     Configuration,
     MethodRun,
@@ -65,9 +66,9 @@ def lacking(scheme: str, device: str) -> str | None:
         return None
     # A version that does not fit torch raises anything.
     except (Exception, SystemExit) as error:
-        told = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         return (
-            f"torchao is installed, but can't be used with torch {torch.__version__} ({type(error).__name__}: {told}). "
+            f"torchao is installed, but can't be used with torch {torch.__version__} "
+            f"({type(error).__name__}: {first_line(error)}). "
             f"Install it again: {install_line()}"
         )
 

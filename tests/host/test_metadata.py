@@ -67,8 +67,8 @@ class Host:
         self.executor = execution.PromptExecutor(self.server, execution.CacheType.CLASSIC, amounts)
 
     def post(self, graph, extra=None):
-        """What comes in at /prompt."""
-        data = {"prompt": graph, **({} if extra is None else {"extra_data": extra})}
+        """What comes in at /prompt; without more, what the page sends of a workflow is empty."""
+        data = {"prompt": graph, "extra_data": {"extra_pnginfo": {}} if extra is None else extra}
         for handler in self.server.on_prompt_handlers:
             data = handler(data)
         number = next(numbers)
@@ -177,6 +177,8 @@ def test_a_prompt_that_is_no_prompt_or_goes_in_circles_passes(host):
     (handler,) = host.server.on_prompt_handlers
     for data in (
         {},
+        {"prompt": graph()},
+        {"prompt": graph(), "extra_data": {"extra_pnginfo": None}},
         {"prompt": None},
         {"prompt": {"1": None}},
         {"prompt": graph(), "extra_data": {"extra_pnginfo": "x"}},
@@ -203,6 +205,25 @@ def test_an_image_whose_sampler_the_host_had_cached_tells_of_the_run_that_made_i
     assert len(steps) > first
 
 
+def test_what_the_page_sends_and_what_the_host_makes_of_it_are_one_sampler(host):
+    """The page sends integers where it can, and the host's validation writes floats in their place."""
+    sent = graph()
+    sent["3"]["inputs"] |= {"cfg": 5, "denoise": 1}
+    host.post(sent)
+    sent["3"]["inputs"] |= {"cfg": 5.0, "denoise": 1.0}
+    assert told(host.work()) == {"3": [3]}
+    again = graph("b")
+    again["3"]["inputs"] |= {"cfg": 5, "denoise": 1}
+    host.post(again)
+    again["3"]["inputs"] |= {"cfg": 5.0, "denoise": 1.0}
+    assert told(host.work()) == {"3": [3]}
+
+
+def test_a_client_that_sends_no_workflow_gets_no_claim_of_one(host):
+    """Other packs' nodes take an `extra_pnginfo` that is not None for the page's."""
+    assert set(host.run(graph(), {})) == {"prompt"}
+
+
 def test_each_sampler_has_an_entry_and_the_last_image_both(host):
     two = graph()
     two["4"] = sampler("12:7", steps=2)
@@ -216,7 +237,7 @@ def test_each_sampler_has_an_entry_and_the_last_image_both(host):
 @pytest.mark.parametrize("error", [RuntimeError, comfy.model_management.InterruptProcessingException])
 def test_a_run_that_did_not_end_leaves_no_claim(host, error):
     assert told(host.run(graph())) == {"3": [3]}
-    waiting = {"prompt": graph("b")}
+    waiting = {"prompt": graph("b"), "extra_data": {"extra_pnginfo": {}}}
     (handler,) = host.server.on_prompt_handlers
     info = handler(waiting)["extra_data"]["extra_pnginfo"]
     assert "slipstream" in info
@@ -249,7 +270,7 @@ def test_it_holds_no_prompt_that_the_host_let_go_and_no_more_runs_than_it_says(h
 def test_a_node_that_another_one_expanded_into_is_told_as_that_one(host):
     where = hosted.engine("verdicts").Prompt("a prompt", None, "3.0.0.5", None, graph())
     (handler,) = host.server.on_prompt_handlers
-    info = handler({"prompt": graph()})["extra_data"]["extra_pnginfo"]
+    info = handler({"prompt": graph(), "extra_data": {"extra_pnginfo": {}}})["extra_data"]["extra_pnginfo"]
     metadata.keep(where, "one", 3, [])
     metadata.keep(where, "another", 4, [])
     metadata.keep(where, "one", 5, [])

@@ -247,7 +247,7 @@ function showDetail(panel, record) {
   panel.record = record
   if (isEqual) return
 
-  const detail = record ? drawDetail(record, panel.detail) : null
+  const detail = record ? tryDetail(drawDetail, record, panel.detail) : null
   if (detail === panel.detail) return
   panel.detail?.remove()
   panel.detail = detail
