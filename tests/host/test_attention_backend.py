@@ -27,6 +27,12 @@ def overridden(patcher, override):
 
 
 @pytest.fixture
+def model():
+    """Whose blocks attend on two levels."""
+    return hosted.model("SD15")
+
+
+@pytest.fixture
 def lines(last_lines):
     """What the node told last: (state, text)."""
     return lambda: last_lines("1")[-1]

@@ -15,6 +15,12 @@ from hosted import CONFIGS, Counter, add_core_freeu, controlnet, prompt, run_nod
 every_family = pytest.mark.parametrize("family", list(CONFIGS))
 
 
+@pytest.fixture
+def model():
+    """All of SD 1.5's blocks: each is a branch."""
+    return hosted.model("SD15")
+
+
 def deepcache(patcher, **values):
     return run_node("SlipstreamDeepCache", patcher, "1", **values)
 

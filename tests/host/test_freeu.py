@@ -10,6 +10,12 @@ from hosted import add_core_freeu, run_node, sample
 VALUES = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
 
 
+@pytest.fixture
+def model():
+    """With the two widths that FreeU looks for."""
+    return hosted.model("SD15")
+
+
 def freeu(patcher, **values):
     return run_node("SlipstreamFreeU", patcher, "3", **values)
 
