@@ -16,7 +16,7 @@ class SlipstreamFreeU(io.ComfyNode):
             display_name="FreeU (Slipstream)",
             description=(
                 "Rebalances the UNet's backbone and skip features for more structure and contrast, at no cost in time. "
-                "For SD 1.x, SD 2.x and SDXL models."
+                "For SD 1.x, SD 2.x, SDXL, SSD-1B and refiner models."
             ),
             aliases=["free lunch", "quality"],
             options=[

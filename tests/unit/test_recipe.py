@@ -286,8 +286,8 @@ def test_the_whole_text(installed):
     assert str(choose("fastest", describe("RTX 3090", "SDXLRefiner"), kind)) == "\n".join(
         [
             "fastest, for SDXLRefiner (4310 MiB) on cuda (24576 MiB):",
-            "+ Compile Model, backend inductor: fused code, the same picture up to rounding. Costs: minutes before the "
-            "first picture of each size, then none",
+            "+ Compile Model, backend inductor: fused code, the same picture up to rounding. Costs: a minute or "
+            "more before the first picture, once more at a second size, then none",
             "+ Attention Backend, fuse_qkv on: q, k and v in one product, the same picture. Costs: memory for those "
             "weights once more (SDXL in fp16: 586 MiB)",
             "+ DeepCache, cache_interval 3, cache_branch_id 0: two of three steps run the outer blocks alone. "
