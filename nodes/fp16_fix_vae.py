@@ -12,8 +12,8 @@ class SlipstreamFP16FixVAE(io.ComfyNode):
             display_name="FP16-Fix VAE (Slipstream)",
             category="Slipstream/vae",
             description=(
-                "Runs a KL autoencoder (SD, SDXL, SD 3, Flux) in fp16 without black images: its weights are rescaled so "
-                "that fp16 holds every activation, exactly, and no fixed file is needed. What still overflows is "
+                "Runs a KL autoencoder (SD, SDXL, SD 3, Flux) in fp16 without black images: its weights are rescaled "
+                "so that fp16 holds every activation, exactly, and no fixed file is needed. What still overflows is "
                 "decoded again in a wider type."
             ),
             search_aliases=["sdxl vae fp16 fix", "half precision", "black image", "nan", "bf16"],

@@ -154,7 +154,8 @@ class Advice:
 # fmt: off
 ROWS = (
     Row(PICTURE, "compile_model", {"backend": "inductor"}, ("GPU", "UNet", "whole", "no DynamicVRAM"),
-        "fused code, the same picture up to rounding", "a minute or more before the first picture, once more at a second size, then none"),
+        "fused code, the same picture up to rounding",
+        "a minute or more before the first picture, once more at a second size, then none"),
     Row(PICTURE, "attention_backend", {"fuse_qkv": True}, ("GPU", "UNet", "whole"),
         "q, k and v in one product, the same picture", "memory for those weights once more (SDXL in fp16: 586 MiB)"),
     Row(GOALS, "attention_backend", {}, ("processor",),
