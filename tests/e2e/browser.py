@@ -36,6 +36,9 @@ Theme = Literal["dark", "light"]
 Status = Literal["success", "error", "interrupted", "refused"]
 NodeId = int | str
 
+PATIENCE_MS = 5000
+"""How long what a click is for may take to come about, before it is clicked again."""
+
 CHROMIUM_ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -249,8 +252,9 @@ class Page:
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = self.page.get_by_role("dialog").last
         dialog.get_by_text(pack, exact=True).first.click()
-        dialog.get_by_test_id(f"template-workflow-{title}").click()
-        dialog.wait_for(state="hidden")
+        # While pictures arrive the cards move, also from under the pointer.
+        card = dialog.get_by_test_id(f"template-workflow-{title}")
+        self._until(card.click, lambda: dialog.wait_for(state="hidden", timeout=PATIENCE_MS))
         is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
         self.page.wait_for_function(is_open, arg=title)
         self.settle()
@@ -258,7 +262,12 @@ class Page:
     def add_by_search(self, name: str) -> int:
         """Puts a node on the canvas by double-clicking it and typing what the node is called. Returns its id."""
         before = self.page.evaluate("() => app.canvas.graph.nodes.map((node) => node.id)")
-        self.page.mouse.dblclick(750, 850)
+        # A page that is busy takes the two clicks for one each.
+        has_search = "() => document.activeElement?.tagName === 'INPUT'"
+        self._until(
+            lambda: self.page.mouse.dblclick(750, 850),
+            lambda: self.page.wait_for_function(has_search, timeout=PATIENCE_MS),
+        )
         self.settle()
         self.page.keyboard.type(name)
         self.settle()
@@ -268,6 +277,17 @@ class Page:
         self.page.mouse.click(750, 850)  # until then newer hosts let it follow the pointer
         self.settle()
         return node
+
+    def _until(self, act: Callable[[], object], wait: Callable[[], object]) -> None:
+        """Does something again, up to three times, until what it is for has come about."""
+        for attempt in range(3):
+            act()
+            try:
+                wait()
+                return
+            except PlaywrightTimeoutError:
+                if attempt == 2:
+                    raise
 
     def tab(self) -> str:
         """The name of the open workflow's tab."""

@@ -16,9 +16,13 @@ import hosted
 # Dynamo's trace for its own tools, thousands of records a graph, of which pytest would keep each one's text.
 logging.getLogger("torch.__trace").propagate = False
 
-# The host's modules are not looked through each time that a test, or the benchmark before each run, collects garbage.
-gc.collect()
-gc.freeze()
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What is there before, the host's modules and what compilers keep, is not looked through each time that a test, or
+    the host, collects garbage: in a process that has compiled much that takes seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

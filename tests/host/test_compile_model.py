@@ -207,13 +207,13 @@ INPUTS = {
 
 @every_scope
 @pytest.mark.parametrize("name", list(INPUTS))
-def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, minimal, fresh, tallies):
+def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, tiniest, fresh, tallies):
     make, told = INPUTS[name]
-    compiled = compile_model(minimal, backend=BACKEND, scope=scope)
+    compiled = compile_model(tiniest, backend=BACKEND, scope=scope)
     first = sample(compiled)
-    kwargs = make(minimal)
+    kwargs = make(tiniest)
     for _ in range(2):
-        eager = sample(minimal, **kwargs)
+        eager = sample(tiniest, **kwargs)
         assert close(sample(compiled, **kwargs), eager)
     assert tallies[1].new_graphs > 0
     assert list(tallies[1].recompiled) == [told]
@@ -223,10 +223,10 @@ def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, 
 
 
 @pytest.mark.parametrize("dynamic", ["auto", "on", "off"])
-def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic, minimal, fresh, tallies):
-    compiled = compile_model(minimal, backend=BACKEND, dynamic=dynamic)
+def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic, tiniest, fresh, tallies):
+    compiled = compile_model(tiniest, backend=BACKEND, dynamic=dynamic)
     for size in (16, 24, 32):
-        assert close(sample(compiled, image=latent(minimal, size)), sample(minimal, image=latent(minimal, size)))
+        assert close(sample(compiled, image=latent(tiniest, size)), sample(tiniest, image=latent(tiniest, size)))
     made = [tally.new_graphs > 0 for tally in tallies]
     assert made == {"auto": [True, True, False], "on": [True, False, False], "off": [True, True, True]}[dynamic]
 
@@ -479,14 +479,14 @@ def test_dynamic_vram_is_left_by_loading_anew_or_refused(minimal, monkeypatch):
 # Memory
 
 
-def test_fifty_prompts_of_ten_kinds_need_no_more_memory_than_ten(minimal, fresh):
-    compiled = compile_model(minimal, backend=BACKEND)
+def test_fifty_prompts_of_ten_kinds_need_no_more_memory_than_ten(tiniest, fresh):
+    compiled = compile_model(tiniest, backend=BACKEND)
     kinds = [(size, batch, lora) for size in (16, 24, 32) for batch in (1, 2) for lora in (False, True)][:10]
     resident = []
     for i in range(50):
         size, batch, lora = kinds[i % len(kinds)]
         patcher = add_lora(compiled, seed=i) if lora else compiled
-        sample(patcher, image=latent(minimal, size, batch), steps=2)
+        sample(patcher, image=latent(tiniest, size, batch), steps=2)
         if i in (9, 49):
             gc.collect()
         resident.append(psutil.Process().memory_info().rss)
