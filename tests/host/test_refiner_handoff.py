@@ -448,11 +448,13 @@ def test_plans_of_both_models_apply_and_are_told_apart(base, refiner, last_lines
 
 @pytest.mark.parametrize("name", sorted(set(hosted.METHODS) - {"SlipstreamCompileModel"}))
 def test_every_method_works_on_either_model(name, base, refiner, last_lines):
-    """Compiling costs seconds, and is that of any sampler's run."""
+    """Compiling costs seconds, and is that of any sampler's run. What the latent's scaling changes in the last bit of a
+    float32 number, computing in bfloat16 may round to the next one, 2**-8 away."""
+    bound = 1e-3 if name in {"SlipstreamCPU", "SlipstreamRecipe", "SlipstreamPrecision"} else 1e-5
     for pair in ((run_node(name, base, "1"), refiner), (base, run_node(name, refiner, "1"))):
         samples, _ = hand_over(*pair, mode={"handoff": 0.5, "split": "steps"})
         ((state, text),) = last_lines("1")
-        assert relative(samples, by_hand(*pair, 6, 3)[0]) < 1e-5, (state, text)
+        assert relative(samples, by_hand(*pair, 6, 3)[0]) < bound, (state, text)
 
 
 def test_one_plan_on_both_has_a_line_and_a_report_for_each(base):
