@@ -295,9 +295,11 @@ class Page:
 
     def open_tab(self, name: str) -> None:
         """Goes to an open workflow's tab."""
-        self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click()
-        self.page.wait_for_function(
-            "(name) => app.extensionManager.workflow.activeWorkflow.filename === name", arg=name
+        # The row of tabs moves as it brings one into view.
+        is_open = "(name) => app.extensionManager.workflow.activeWorkflow.filename === name"
+        self._until(
+            self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click,
+            lambda: self.page.wait_for_function(is_open, arg=name, timeout=PATIENCE_MS),
         )
         self.settle()
 
