@@ -33,12 +33,12 @@ class SlipstreamExtension(ComfyExtension):
         for reason, names in left_out.items():
             logger.error("Slipstream: could not load, and leaves out, %s: %s", ", ".join(names), reason)
         # Not in `on_load`, which hosts as old as 0.8 do not call.
-        try:
-            importlib.import_module(".engine.verdicts", __package__).add_routes()
-        except (Exception, SystemExit) as error:
-            logger.error("Slipstream: verdicts cannot be served again after a reload: %r", error)
-        try:
-            importlib.import_module(".engine.metadata", __package__).listen()
-        except Exception as error:
-            logger.error("Slipstream: saved images will not tell what made them: %r", error)
+        for file, start, lost in (
+            ("verdicts", "add_routes", "verdicts cannot be served again after a reload"),
+            ("metadata", "listen", "saved images will not tell what made them"),
+        ):
+            try:
+                getattr(importlib.import_module(f".engine.{file}", __package__), start)()
+            except (Exception, SystemExit) as error:
+                logger.error("Slipstream: %s: %r", lost, error)
         return loaded

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from .engine import node_schema, option, sampler_options
+from .engine import cfg_option, node_schema, sampler_options
 from .engine.refiner_handoff import Call, Part, hand_over, mode_option
 
 
@@ -27,16 +27,7 @@ class SlipstreamRefinerHandoff(io.ComfyNode):
                 seed,
                 steps,
                 cfg,
-                option(
-                    io.Float,
-                    "refiner_cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="cfg for the refiner's steps.",
-                ),
+                cfg_option("refiner_cfg", "cfg for the refiner's steps."),
                 *sampler,
                 mode_option(),
                 io.Conditioning.Input(

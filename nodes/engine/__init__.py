@@ -6,13 +6,24 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 """
 
 from .models import describe
-from .node import add, backend_options, model_node, node_schema, option, percent_range, sampler_options, suggest
+from .node import (
+    add,
+    backend_options,
+    cfg_option,
+    model_node,
+    node_schema,
+    option,
+    percent_range,
+    sampler_options,
+    suggest,
+)
 from .plan import Plan, plan_of
 
 __all__ = [
     "Plan",
     "add",
     "backend_options",
+    "cfg_option",
     "describe",
     "model_node",
     "node_schema",

@@ -36,6 +36,11 @@ def percent_range(starts: str, ends: str) -> list[Any]:
     ]
 
 
+def cfg_option(name: str, tooltip: str) -> Any:
+    """A scale of guidance, as the host's KSampler has it."""
+    return option(io.Float, name, default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
 def sampler_options(has_denoise: bool = True) -> list[Any]:
     """The inputs of the host's KSampler that are no models, prompts or latents."""
     denoise = option(
@@ -58,16 +63,7 @@ def sampler_options(has_denoise: bool = True) -> list[Any]:
             tooltip="The seed of the noise.",
         ),
         option(io.Int, "steps", default=20, min=1, max=10000, tooltip="The number of steps."),
-        option(
-            io.Float,
-            "cfg",
-            default=8.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="The scale of classifier-free guidance. 1 evaluates the positive prompt alone.",
-        ),
+        cfg_option("cfg", "The scale of classifier-free guidance. 1 evaluates the positive prompt alone."),
         option(io.Combo, "sampler_name", options=comfy.samplers.SAMPLER_NAMES, tooltip="The sampling algorithm."),
         option(
             io.Combo,

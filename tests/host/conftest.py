@@ -26,9 +26,9 @@ def frozen():
 
 
 @pytest.fixture
-def model():
-    """A small UNet of fifteen blocks, with SD 1.5's prompts, new for each test."""
-    return hosted.model("minimal")
+def model(request):
+    """A small UNet of fifteen blocks, with SD 1.5's prompts, or what a file's `MODEL` names; new for each test."""
+    return hosted.model(getattr(request.module, "MODEL", "minimal"))
 
 
 @pytest.fixture

@@ -26,10 +26,8 @@ def overridden(patcher, override):
     return clone
 
 
-@pytest.fixture
-def model():
-    """Whose blocks attend on two levels."""
-    return hosted.model("SD15")
+MODEL = "SD15"
+"""Whose blocks attend on two levels."""
 
 
 @pytest.fixture

@@ -42,12 +42,6 @@ every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
 @pytest.fixture
-def minimal():
-    """A UNet of fifteen blocks, new for each test."""
-    return hosted.model("minimal")
-
-
-@pytest.fixture
 def tiniest():
     return hosted.model("tiniest")
 
@@ -175,20 +169,20 @@ PATCHES = {
 
 @every_scope
 @pytest.mark.parametrize("name", list(PATCHES))
-def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, minimal, tallies):
+def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, model, tallies):
     """After a run without it, then with one value, then with another, then without: the eager image each time."""
     first, second, needs_graphs = PATCHES[name]
-    compiled, plain = compile_model(minimal, backend=BACKEND, scope=scope), sample(minimal)
+    compiled, plain = compile_model(model, backend=BACKEND, scope=scope), sample(model)
     assert close(sample(compiled), plain)
     for change in (first, second):
-        eager = sample(change(minimal))
+        eager = sample(change(model))
         assert relative(eager, plain) > BOUND
         assert close(sample(change(compiled)), eager)
         if scope == "blocks" and (change is second or not needs_graphs):
             assert not tallies[-1].new_graphs, tallies[-1].sentence()
     assert close(sample(compiled), plain)
     assert not tallies[-1].new_graphs
-    assert torch.equal(sample(minimal), plain)
+    assert torch.equal(sample(model), plain)
 
 
 INPUTS = {
@@ -233,13 +227,13 @@ def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic,
 
 @every_scope
 @pytest.mark.parametrize("control", ["with", "both"])
-def test_controlnet_is_followed_and_can_come_and_go(control, scope, minimal):
-    net = controlnet(minimal)
-    compiled = compile_model(minimal, backend=BACKEND, scope=scope)
-    plain = sample(minimal)
+def test_controlnet_is_followed_and_can_come_and_go(control, scope, model):
+    net = controlnet(model)
+    compiled = compile_model(model, backend=BACKEND, scope=scope)
+    plain = sample(model)
     assert close(sample(compiled), plain)
-    positive, negative = (with_control(prompt(minimal, s), net, both=control == "both") for s in (10, 11))
-    eager = sample(minimal, positive, negative)
+    positive, negative = (with_control(prompt(model, s), net, both=control == "both") for s in (10, 11))
+    eager = sample(model, positive, negative)
     assert relative(eager, plain) > BOUND
     assert close(sample(compiled, positive, negative), eager)
     assert close(sample(compiled), plain)
@@ -259,14 +253,14 @@ def assign(weight, owner):
 
 @every_scope
 @pytest.mark.parametrize("edit", [edit_in_place, swap_data, assign])
-def test_weights_that_change_are_followed(edit, scope, minimal):
-    compiled = compile_model(minimal, backend=BACKEND, scope=scope)
+def test_weights_that_change_are_followed(edit, scope, model):
+    compiled = compile_model(model, backend=BACKEND, scope=scope)
     before = sample(compiled)
-    unet = minimal.model.diffusion_model
+    unet = model.model.diffusion_model
     with torch.no_grad():
         for owner in (unet.input_blocks[1][1].transformer_blocks[0].attn1.to_v, unet.input_blocks[1][0].in_layers[2]):
             edit(owner.weight, owner)
-    eager = sample(minimal)
+    eager = sample(model)
     assert relative(eager, before) > BOUND
     assert close(sample(compiled), eager)
 
@@ -300,20 +294,20 @@ def core_compiled(patcher):
     return clone
 
 
-def test_core_s_node_uses_a_stale_graph_where_ours_does_not(minimal):
+def test_core_s_node_uses_a_stale_graph_where_ours_does_not(model):
     """It drops every guard on the transformer options: an attention patch put on later is silently not run."""
-    core, ours = core_compiled(minimal), compile_model(minimal, scope="model")
+    core, ours = core_compiled(model), compile_model(model, scope="model")
     sample(core), sample(ours)
     change = attention_output(0.5)
-    eager = sample(change(minimal))
+    eager = sample(change(model))
     assert torch.equal(sample(change(ours)), eager)
     assert relative(sample(change(core)), eager) > BOUND
 
 
-def test_core_s_node_on_the_same_model_is_refused(minimal):
+def test_core_s_node_on_the_same_model_is_refused(model):
     with pytest.raises(RuntimeError, match="TorchCompileModel compiles this model already"):
-        compile_model(core_compiled(minimal))
-    late = core_compiled(compile_model(minimal, "7"))
+        compile_model(core_compiled(model))
+    late = core_compiled(compile_model(model, "7"))
     with pytest.raises(RuntimeError, match="added by node 7"):
         sample(late)
 
@@ -342,7 +336,7 @@ def test_a_model_that_is_compiled_is_freed_with_its_patcher():
     assert unet() is None
 
 
-def test_what_was_compiled_goes_a_while_after_its_node(minimal, fresh, monkeypatch, tallies):
+def test_what_was_compiled_goes_a_while_after_its_node(model, fresh, monkeypatch, tallies):
     """And is taken over by a node that comes in its place before. The clock is the test's."""
     artifacts = hosted.engine("artifacts")
     waiting = []
@@ -355,9 +349,9 @@ def test_what_was_compiled_goes_a_while_after_its_node(minimal, fresh, monkeypat
             waiting.append(self.then)
 
     monkeypatch.setattr(artifacts, "threading", SimpleNamespace(Timer=Timer))
-    compiled = compile_model(minimal)
+    compiled = compile_model(model)
     sample(compiled)
-    compiled = compile_model(minimal)
+    compiled = compile_model(model)
     gc.collect()
     sample(compiled)
     assert not tallies[1].new_graphs
@@ -372,40 +366,40 @@ def test_what_was_compiled_goes_a_while_after_its_node(minimal, fresh, monkeypat
     assert not waiting
 
 
-def test_take_the_node_out_and_the_eager_bits_are_back(minimal):
-    before = sample(minimal)
-    compiled = compile_model(minimal, backend=BACKEND)
+def test_take_the_node_out_and_the_eager_bits_are_back(model):
+    before = sample(model)
+    compiled = compile_model(model, backend=BACKEND)
     sample(compiled)
-    assert torch.equal(sample(minimal), before)
-    unet = minimal.model.diffusion_model
+    assert torch.equal(sample(model), before)
+    unet = model.model.diffusion_model
     assert not any("forward" in module.__dict__ for module in unet.modules())
 
 
-def test_two_differently_compiled_models_in_one_workflow(minimal):
+def test_two_differently_compiled_models_in_one_workflow(model):
     other = hosted.model("minimal", seed=8)
-    expected = [sample(minimal), sample(other)]
-    compiled = [compile_model(minimal, backend=BACKEND), compile_model(other, backend=BACKEND, scope="model")]
+    expected = [sample(model), sample(other)]
+    compiled = [compile_model(model, backend=BACKEND), compile_model(other, backend=BACKEND, scope="model")]
     for _ in range(2):
         assert all(close(sample(one), eager) for one, eager in zip(compiled, expected, strict=True))
 
 
-def test_what_cannot_be_compiled_runs_as_it_is_and_is_told(minimal, tallies):
+def test_what_cannot_be_compiled_runs_as_it_is_and_is_told(model, tallies):
     """A hook inside a block: dynamo would not see it come or go."""
     seen = []
-    block = minimal.model.diffusion_model.input_blocks[1][0]
+    block = model.model.diffusion_model.input_blocks[1][0]
     handle = block.in_layers[0].register_forward_hook(lambda *_: seen.append(1))
     try:
-        eager = sample(minimal)
+        eager = sample(model)
         count = len(seen)
-        assert close(sample(compile_model(minimal, backend=BACKEND)), eager)
+        assert close(sample(compile_model(model, backend=BACKEND)), eager)
     finally:
         handle.remove()
     assert len(seen) >= 2 * count  # the call that was timed before compiling counts too
     assert "1 of 15 blocks run without graphs: another node has a hook inside" in tallies[0].sentence()
 
 
-def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(minimal, fresh, monkeypatch, last_lines):
-    compiled, before = compile_model(minimal), sample(minimal)
+def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(model, fresh, monkeypatch, last_lines):
+    compiled, before = compile_model(model), sample(model)
 
     def fail(*_):
         raise RuntimeError("no such instruction\nand a second line")
@@ -415,32 +409,32 @@ def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(minima
         with pytest.raises(RuntimeError, match=r"Compile Model: eager could not compile this model \(.*no such instr"):
             sample(compiled)
     assert last_lines("7")[0][0] == "failed"
-    assert torch.equal(sample(minimal), before)
+    assert torch.equal(sample(model), before)
     assert torch.equal(sample(compiled), before)
 
 
-def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(minimal, fresh, monkeypatch, tallies):
+def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(model, fresh, monkeypatch, tallies):
     monkeypatch.setattr(hosted.compiling("functions"), "VARIANTS", 2)
-    compiled = compile_model(minimal, dynamic="off")
+    compiled = compile_model(model, dynamic="off")
     for size in (16, 24, 32, 40):
-        eager = sample(minimal, image=latent(minimal, size), steps=2)
-        assert torch.equal(sample(compiled, image=latent(minimal, size), steps=2), eager)
+        eager = sample(model, image=latent(model, size), steps=2)
+        assert torch.equal(sample(compiled, image=latent(model, size), steps=2), eager)
     assert any("all were made anew" in tally.sentence() for tally in tallies)
     assert all(tally.new_graphs for tally in tallies)
 
 
-def test_nothing_of_dynamos_settings_is_left_changed(minimal):
+def test_nothing_of_dynamos_settings_is_left_changed(model):
     import torch._dynamo.config
     import torch.fx.experimental._config
 
     before = torch._dynamo.config.get_config_copy(), torch.fx.experimental._config.get_config_copy()
-    sample(compile_model(minimal))
+    sample(compile_model(model))
     if importlib.util.find_spec("openvino"):
-        sample(compile_model(minimal, backend="openvino"))
+        sample(compile_model(model, backend="openvino"))
     assert (torch._dynamo.config.get_config_copy(), torch.fx.experimental._config.get_config_copy()) == before
 
 
-def test_compiling_is_told_while_it_lasts(minimal, fresh, monkeypatch):
+def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     told = []
     verdicts = hosted.engine("verdicts")
     monkeypatch.setattr(
@@ -454,26 +448,26 @@ def test_compiling_is_told_while_it_lasts(minimal, fresh, monkeypatch):
         return slow(alone, *args)
 
     monkeypatch.setattr(alone, "compile_graph", taking_long)
-    sample(compile_model(minimal))
+    sample(compile_model(model))
     compiling = [text for _, state, text in told if state == "running" and text.startswith("compiling")]
     assert len(compiling) >= 2
     assert compiling[0].startswith("compiling, 1 s so far, graphs done: ")
 
 
-def test_dynamic_vram_is_left_by_loading_anew_or_refused(minimal, monkeypatch):
+def test_dynamic_vram_is_left_by_loading_anew_or_refused(model, monkeypatch):
     """A stand-in for the host's class, which needs an NVIDIA GPU."""
-    plain = minimal.clone()
-    dynamic = type("Dynamic", (type(minimal),), {"is_dynamic": lambda self: True})
-    minimal.__class__ = dynamic
+    plain = model.clone()
+    dynamic = type("Dynamic", (type(model),), {"is_dynamic": lambda self: True})
+    model.__class__ = dynamic
     monkeypatch.setattr(dynamic, "clone", lambda self, disable_dynamic=False: plain, raising=False)
-    assert compile_model(minimal).model is plain.model
+    assert compile_model(model).model is plain.model
 
     def refuse(self, disable_dynamic=False):
         raise RuntimeError("no cached_patcher_init")
 
     monkeypatch.setattr(dynamic, "clone", refuse)
     with pytest.raises(RuntimeError, match=r"Compile Model: DynamicVRAM.*--disable-dynamic-vram"):
-        compile_model(minimal)
+        compile_model(model)
 
 
 # Memory
@@ -592,24 +586,24 @@ def test_stable_fast(tiniest):
 
 
 @pytest.mark.parametrize("backend", ["cudagraphs", "tensorrt", "xla"])
-def test_a_backend_for_another_device_is_refused_when_the_graph_runs(backend, minimal, last_lines):
+def test_a_backend_for_another_device_is_refused_when_the_graph_runs(backend, model, last_lines):
     with pytest.raises(RuntimeError, match=f"Compile Model: {backend} needs .* but the model runs on cpu"):
-        compile_model(minimal, backend=backend)
+        compile_model(model, backend=backend)
     assert last_lines("7")[0][0] == "failed"
-    sample(minimal)
+    sample(model)
 
 
-def test_auto_takes_what_is_there_and_says_which(minimal, monkeypatch, tallies):
+def test_auto_takes_what_is_there_and_says_which(model, monkeypatch, tallies):
     backends = hosted.compiling("backends")
     monkeypatch.setattr(backends, "AUTO", ("xla", "eager"))
-    sample(compile_model(minimal, backend="auto"))
+    sample(compile_model(model, backend="auto"))
     assert tallies[0].sentence().startswith("eager: 15 blocks")
     monkeypatch.setattr(backends, "AUTO", ("xla", "cudagraphs"))
     with pytest.raises(RuntimeError, match=r"no backend is available\. xla needs .*cudagraphs needs"):
-        compile_model(minimal, backend="auto")
+        compile_model(model, backend="auto")
 
 
-def test_equal_settings_are_one_and_other_ones_refused(minimal):
-    compile_model(compile_model(minimal, "1"), "2")
+def test_equal_settings_are_one_and_other_ones_refused(model):
+    compile_model(compile_model(model, "1"), "2")
     with pytest.raises(ValueError, match=r"node 2 and node 1.*scope model against blocks"):
-        compile_model(compile_model(minimal, "1"), "2", scope="model")
+        compile_model(compile_model(model, "1"), "2", scope="model")

@@ -47,12 +47,6 @@ def patched_convolution(patcher, strength=0.5):
 
 
 @pytest.fixture
-def model():
-    """One of few blocks, new for each test."""
-    return hosted.model("minimal")
-
-
-@pytest.fixture
 def made(monkeypatch):
     """The weights whose filters were transformed, in order."""
     winograd, weights = hosted.method("winograd"), []

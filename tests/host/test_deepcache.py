@@ -15,10 +15,8 @@ from hosted import CONFIGS, Counter, add_core_freeu, controlnet, prompt, run_nod
 every_family = pytest.mark.parametrize("family", list(CONFIGS))
 
 
-@pytest.fixture
-def model():
-    """All of SD 1.5's blocks: each is a branch."""
-    return hosted.model("SD15")
+MODEL = "SD15"
+"""All of its blocks: each is a branch."""
 
 
 def deepcache(patcher, **values):

@@ -10,10 +10,8 @@ from hosted import add_core_freeu, run_node, sample
 VALUES = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
 
 
-@pytest.fixture
-def model():
-    """With the two widths that FreeU looks for."""
-    return hosted.model("SD15")
+MODEL = "SD15"
+"""With the two widths that FreeU looks for."""
 
 
 def freeu(patcher, **values):

@@ -28,12 +28,6 @@ def settings(patcher):
 
 
 @pytest.fixture
-def model():
-    """One of few blocks, new for each test."""
-    return hosted.model("minimal")
-
-
-@pytest.fixture
 def told():
     """What a node says of itself."""
     verdicts = hosted.engine("verdicts")
