@@ -93,6 +93,44 @@ _READ_VERDICTS = """
 }
 """
 
+_SLOTS = """
+(ends) => ends.map(([id, name, isInput]) => {
+  const node = slipstreamTest.node(id), { ds, canvas } = app.canvas, frame = canvas.getBoundingClientRect()
+  const slot = (isInput ? node.inputs : node.outputs).findIndex((slot) => slot.name === name)
+  const [x, y] = node.getConnectionPos(isInput, slot)
+  return [frame.x + (x + ds.offset[0]) * ds.scale, frame.y + (y + ds.offset[1]) * ds.scale]
+})
+"""
+
+_CLOSE_OTHERS = """
+async () => {
+  const { workflow } = app.extensionManager
+  for (const other of [...workflow.openWorkflows])
+    if (other !== workflow.activeWorkflow) await workflow.closeWorkflow(other)
+}
+"""
+
+_IS_WIRED = """
+([source, target, name]) => {
+  const node = slipstreamTest.node(target)
+  const { link } = node.inputs.find((slot) => slot.name === name)
+  return link != null && String(node.graph.links.get(link).origin_id) === String(source)
+}
+"""
+
+
+def _choose(context: BrowserContext, server: Server, renderer: Renderer, theme: Theme, more: dict[str, Any]) -> None:
+    chosen = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.VueNodes.Enabled": renderer == "vue",
+        "Comfy.ColorPalette": theme,
+        "Comfy.Locale": "en",
+        **more,
+    }
+    answer = context.request.post(f"{server.url}/api/settings", data=json.dumps(chosen))
+    if not answer.ok:
+        raise RuntimeError(f"the server refused the settings {chosen}: {answer.status}")
+
 
 class Browser:
     """A headless Chromium.
@@ -115,16 +153,7 @@ class Browser:
         """A new user's page, with the canvas ready. Settings are the server's, so a later page changes them for all."""
         context = self._browser.new_context(viewport={"width": 1500, "height": 900})
         context.grant_permissions(["clipboard-read", "clipboard-write"])
-        chosen = {
-            "Comfy.TutorialCompleted": True,
-            "Comfy.VueNodes.Enabled": renderer == "vue",
-            "Comfy.ColorPalette": theme,
-            "Comfy.Locale": "en",
-            **(settings or {}),
-        }
-        answer = context.request.post(f"{server.url}/api/settings", data=json.dumps(chosen))
-        if not answer.ok:
-            raise RuntimeError(f"the server refused the settings {chosen}: {answer.status}")
+        _choose(context, server, renderer, theme, settings or {})
         return Page(context, server)
 
     def close(self) -> None:
@@ -236,6 +265,10 @@ class Page:
             file = FilePayload(name=f"{name}.json", mimeType="application/json", buffer=data)
             self.page.locator("#comfy-file-input").set_input_files(file)
 
+    def _new_workflow(self) -> None:
+        with self._another_workflow():
+            self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+
     @contextmanager
     def _another_workflow(self) -> Iterator[None]:
         active = "app.extensionManager.workflow.activeWorkflow"
@@ -253,37 +286,74 @@ class Page:
         dialog = self.page.get_by_role("dialog").last
         dialog.get_by_text(pack, exact=True).first.click()
         # While pictures arrive the cards move, also from under the pointer.
-        card = dialog.get_by_test_id(f"template-workflow-{title}")
-        self._until(card.click, lambda: dialog.wait_for(state="hidden", timeout=PATIENCE_MS))
+        name = f"template-workflow-{title}"
+        is_closed = "(name) => !document.querySelector(`[data-testid='${name}']`)"
+        self._until(dialog.get_by_test_id(name).click, is_closed, name)
         is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
         self.page.wait_for_function(is_open, arg=title)
         self.settle()
 
-    def add_by_search(self, name: str) -> int:
-        """Puts a node on the canvas by double-clicking it and typing what the node is called. Returns its id."""
+    def start_over(self, renderer: Renderer) -> None:
+        """Leaves nothing of the tests before: an empty workflow, and every other one closed.
+
+        Args:
+            renderer: the page's own, for when it reloads: the settings are the server's, and another page changed them.
+        """
+        _choose(self.context, self.server, renderer, "dark", {})
+        self._new_workflow()
+        self.page.evaluate(_CLOSE_OTHERS)
+        self.forget_problems()
+
+    def blank_canvas(self) -> None:
+        """Opens a new, empty workflow, and zooms out so that a small one fits the window."""
+        self._new_workflow()
+        self.page.evaluate("() => { app.canvas.ds.reset(); app.canvas.ds.changeScale(0.6, [0, 0]) }")
+        self.settle()
+
+    def add_by_search(self, name: str, at: tuple[int, int] = (750, 850)) -> int:
+        """Puts a node on the canvas by double-clicking it and typing what the node is called. Returns its id.
+
+        Args:
+            name: what is typed; the first node found is taken.
+            at: where, in the window's pixels: an empty spot.
+        """
         before = self.page.evaluate("() => app.canvas.graph.nodes.map((node) => node.id)")
-        # A page that is busy takes the two clicks for one each.
         has_search = "() => document.activeElement?.tagName === 'INPUT'"
-        self._until(
-            lambda: self.page.mouse.dblclick(750, 850),
-            lambda: self.page.wait_for_function(has_search, timeout=PATIENCE_MS),
-        )
+        # A page that is busy takes the two clicks for one each.
+        self._until(lambda: self.page.mouse.dblclick(*at), has_search)
         self.settle()
         self.page.keyboard.type(name)
         self.settle()
         self.page.keyboard.press("Enter")
         added = "(before) => app.canvas.graph.nodes.find((node) => !before.includes(node.id))?.id"
         node = int(self.page.wait_for_function(added, arg=before).json_value())
-        self.page.mouse.click(750, 850)  # until then newer hosts let it follow the pointer
+        # The search goes slowly, and takes clicks while it does.
+        is_canvas = "(at) => !document.elementFromPoint(...at)?.closest('.p-dialog-mask')"
+        self.page.wait_for_function(is_canvas, arg=list(at))
+        # Newer hosts let the node follow the pointer until it is clicked.
+        self._until(lambda: self.page.mouse.click(*at), "(id) => !slipstreamTest.node(id).flags.ghost", node)
         self.settle()
         return node
 
-    def _until(self, act: Callable[[], object], wait: Callable[[], object]) -> None:
-        """Does something again, up to three times, until what it is for has come about."""
+    def wire(self, source: NodeId, output: str, target: NodeId, name: str) -> None:
+        """Drags a wire from a node's output to another's input, named as on the canvas."""
+        ends = self.page.evaluate(_SLOTS, [[source, output, False], [target, name, True]])
+
+        def drag() -> None:
+            self.page.mouse.move(*ends[0])
+            self.page.mouse.down()
+            self.page.mouse.move(*ends[1], steps=5)
+            self.page.mouse.up()
+
+        self._until(drag, _IS_WIRED, [source, target, name])
+        self.settle()
+
+    def _until(self, act: Callable[[], object], accept: str, argument: object = None) -> None:
+        """Does something again, up to three times, until the page agrees that what it is for has come about."""
         for attempt in range(3):
             act()
             try:
-                wait()
+                self.page.wait_for_function(accept, arg=argument, timeout=PATIENCE_MS)
                 return
             except PlaywrightTimeoutError:
                 if attempt == 2:
@@ -297,10 +367,7 @@ class Page:
         """Goes to an open workflow's tab."""
         # The row of tabs moves as it brings one into view.
         is_open = "(name) => app.extensionManager.workflow.activeWorkflow.filename === name"
-        self._until(
-            self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click,
-            lambda: self.page.wait_for_function(is_open, arg=name, timeout=PATIENCE_MS),
-        )
+        self._until(self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click, is_open, name)
         self.settle()
 
     def queue(self) -> str | Outcome:

@@ -1,4 +1,4 @@
-"""One real server and one real browser for all tests; a new user's page for each."""
+"""One real server and one real browser for all tests, and a page for each renderer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(server, browser, request) -> Iterator:
-    """Opens pages, and closes them at the end. With SLIPSTREAM_SCREENSHOTS set, a picture of each is kept there."""
+    """Opens pages of a new user's, and closes them at the end."""
     pages: list[Page] = []
 
     def opened(renderer="classic", **kwargs) -> Page:
@@ -62,14 +62,35 @@ def open_page(server, browser, request) -> Iterator:
         page.context.close()
 
 
-@pytest.fixture(params=["classic", "vue"])
+@pytest.fixture(scope="session")
+def pages(server, browser) -> dict[str, Page]:
+    """The page of each renderer, since ComfyUI's takes longer to load than most tests to run."""
+    return {}
+
+
+@pytest.fixture(scope="module", params=["classic", "vue"])
 def renderer(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def page(renderer, open_page) -> Page:
-    return open_page(renderer)
+def page(renderer, server, browser, pages, request) -> Iterator[Page]:
+    """A renderer's page with nothing but an empty workflow open. With SLIPSTREAM_SCREENSHOTS set, a picture of how a test
+    leaves it is kept there."""
+    if renderer in pages:
+        pages[renderer].start_over(renderer)
+    else:
+        pages[renderer] = browser.open(server, renderer)
+    yield from borrowed(renderer, pages, request)
+
+
+def borrowed(renderer: str, pages: dict[str, Page], request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page for one test, after which a failed one's is closed: who knows what it left open."""
+    failed = request.session.testsfailed
+    yield pages[renderer]
+    keep_picture(pages[renderer], request.node.name)
+    if request.session.testsfailed > failed:
+        pages.pop(renderer).context.close()
 
 
 @pytest.fixture

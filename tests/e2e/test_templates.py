@@ -70,11 +70,6 @@ class Tour:
     told: dict[str, dict[int, list[VerdictLine]]] = field(default_factory=dict)
 
 
-@pytest.fixture(scope="module", params=["classic", "vue"])
-def renderer(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def tour(renderer, server, browser):
     tour = Tour(browser.open(server, renderer))

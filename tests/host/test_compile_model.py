@@ -267,7 +267,7 @@ def test_weights_that_change_are_followed(edit, scope, model):
 
 @pytest.mark.parametrize(
     ("family", "scope"),
-    [*((family, "blocks") for family in ("SD15", "SD20", "SDXL", "SSD1B", "SDXLRefiner")), ("SDXL", "model")],
+    [*((family, "blocks") for family in ("SD15", "SD20", "SDXL", "SSD1B", "SDXLRefiner")), ("SSD1B", "model")],
 )
 def test_every_family(family, scope):
     model = hosted.model(family)
@@ -294,12 +294,12 @@ def core_compiled(patcher):
     return clone
 
 
-def test_core_s_node_uses_a_stale_graph_where_ours_does_not(model):
+def test_core_s_node_uses_a_stale_graph_where_ours_does_not(tiniest):
     """It drops every guard on the transformer options: an attention patch put on later is silently not run."""
-    core, ours = core_compiled(model), compile_model(model, scope="model")
+    core, ours = core_compiled(tiniest), compile_model(tiniest, scope="model")
     sample(core), sample(ours)
     change = attention_output(0.5)
-    eager = sample(change(model))
+    eager = sample(change(tiniest))
     assert torch.equal(sample(change(ours)), eager)
     assert relative(sample(change(core)), eager) > BOUND
 
@@ -413,24 +413,24 @@ def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(model,
     assert torch.equal(sample(compiled), before)
 
 
-def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(model, fresh, monkeypatch, tallies):
+def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(tiniest, fresh, monkeypatch, tallies):
     monkeypatch.setattr(hosted.compiling("functions"), "VARIANTS", 2)
-    compiled = compile_model(model, dynamic="off")
+    compiled = compile_model(tiniest, dynamic="off")
     for size in (16, 24, 32, 40):
-        eager = sample(model, image=latent(model, size), steps=2)
-        assert torch.equal(sample(compiled, image=latent(model, size), steps=2), eager)
+        eager = sample(tiniest, image=latent(tiniest, size), steps=2)
+        assert torch.equal(sample(compiled, image=latent(tiniest, size), steps=2), eager)
     assert any("all were made anew" in tally.sentence() for tally in tallies)
     assert all(tally.new_graphs for tally in tallies)
 
 
-def test_nothing_of_dynamos_settings_is_left_changed(model):
+def test_nothing_of_dynamos_settings_is_left_changed(tiniest):
     import torch._dynamo.config
     import torch.fx.experimental._config
 
     before = torch._dynamo.config.get_config_copy(), torch.fx.experimental._config.get_config_copy()
-    sample(compile_model(model))
+    sample(compile_model(tiniest))
     if importlib.util.find_spec("openvino"):
-        sample(compile_model(model, backend="openvino"))
+        sample(compile_model(tiniest, backend="openvino"))
     assert (torch._dynamo.config.get_config_copy(), torch.fx.experimental._config.get_config_copy()) == before
 
 
@@ -491,7 +491,6 @@ def test_fifty_prompts_of_ten_kinds_need_no_more_memory_than_ten(tiniest, fresh)
 
 
 def test_inductor_in_both_scopes(tiniest, fresh, tallies):
-    """With its disk cache: the second process of the next test has what this one made."""
     eager = sample(tiniest)
     for scope in SCOPES:
         image = sample(compile_model(tiniest, backend="inductor", scope=scope))
@@ -512,12 +511,13 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
-def test_a_second_process_compiles_nothing(tiniest, fresh):
-    sample(compile_model(tiniest, backend="inductor"))
+def test_a_second_process_compiles_nothing():
+    """Of two alike: what inductor keeps its graphs under depends on the order of a process's imports."""
     host = Path(__file__).parent
     script = AGAIN.format(tests=str(host.parent), host=str(host))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     hits, misses = map(int, done.stdout.split()[-2:])
     assert (hits > 0, misses) == (True, 0)
 

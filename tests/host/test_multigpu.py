@@ -20,7 +20,7 @@ def two_devices(monkeypatch):
 
 
 def on_two_devices(patcher):
-    patcher.cached_patcher_init = (lambda **kwargs: hosted.model("SD15"), ())
+    patcher.cached_patcher_init = (lambda **kwargs: hosted.model("minimal"), ())
     clone = multigpu.create_multigpu_deepclones(patcher, 2)
     (extra,) = clone.get_additional_models_with_key("multigpu")
     assert extra.model is not patcher.model
@@ -48,13 +48,13 @@ def wire(patcher, names):
 
 @pytest.mark.parametrize("names", [*((name,) for name in METHODS), tuple(METHODS)], ids="+".join)
 def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, last_lines):
-    model = hosted.model("SD15")
+    model = hosted.model("minimal")
     with hosted.Counter(model) as plainly:
         expected = sample(wire(model, names), steps=6)
     told = [last_lines(str(i)) for i in range(1, len(names) + 1)]
     split, extra = on_two_devices(model)
     above = wire(split, names)
-    below, other = on_two_devices(wire(hosted.model("SD15"), names))
+    below, other = on_two_devices(wire(hosted.model("minimal"), names))
     for patcher, clone in ((above, extra), (below, other)):
         with hosted.Counter(clone) as counted:
             out = sample(patcher, steps=6)
@@ -65,26 +65,26 @@ def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, las
         ((state, text),) = last_lines("1")
         assert (state, text) == (
             "active",
-            "reused the deep features in 4 of 6 steps: 8 of 12 UNet calls ran 2 of 25 blocks",
+            "reused the deep features in 4 of 6 steps: 8 of 12 UNet calls ran 2 of 9 blocks",
         )
         assert plainly.unet_calls == 6
     if names == ("SlipstreamCFGCutoff",):
         assert last_lines("1") == told[0]
-    assert torch.equal(sample(model, steps=6), sample(hosted.model("SD15"), steps=6))
+    assert torch.equal(sample(model, steps=6), sample(hosted.model("minimal"), steps=6))
 
 
 def test_orders_give_the_same_bits(two_devices):
     images = []
     for order in orders():
-        split, _ = on_two_devices(hosted.model("SD15"))
+        split, _ = on_two_devices(hosted.model("minimal"))
         images.append(sample(wire(split, order), steps=6))
     assert all(torch.equal(image, images[0]) for image in images)
 
 
 def test_a_condition_that_moves_to_the_other_device_runs_in_full_there(two_devices, last_lines):
     """A third condition joins halfway, and the host shares them out anew: features are never another device's."""
-    split, _ = on_two_devices(hosted.model("SD15"))
+    split, _ = on_two_devices(hosted.model("minimal"))
     positive = prompt(split, 10) + prompt(split, 30, start_percent=0.4, end_percent=1.0)
     out = sample(run_node("SlipstreamDeepCache", split, "1"), positive, steps=8)
-    expected = sample(run_node("SlipstreamDeepCache", hosted.model("SD15"), "1"), positive, steps=8)
+    expected = sample(run_node("SlipstreamDeepCache", hosted.model("minimal"), "1"), positive, steps=8)
     assert (out - expected).norm() / expected.norm() < 0.02
