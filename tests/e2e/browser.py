@@ -448,6 +448,23 @@ class Page:
         """A node's mode: 0 runs, 2 is muted, 4 is bypassed."""
         return int(self.page.evaluate("(id) => slipstreamTest.node(id).mode", node))
 
+    def to_subgraph(self, nodes: list[int]) -> int:
+        """Makes a subgraph of nodes of the root graph, and returns the id of the node that it is there."""
+        outer = self.page.evaluate(
+            """(ids) => {
+                const nodes = app.rootGraph.nodes.filter((node) => ids.includes(Number(node.id)))
+                return app.rootGraph.convertToSubgraph(new Set(nodes)).node.id
+            }""",
+            nodes,
+        )
+        self.settle()
+        return int(outer)
+
+    def inner(self, outer: int, kind: str) -> str:
+        """The execution id of the first node of a type in a subgraph node."""
+        find = "([id, type]) => slipstreamTest.node(id).subgraph.nodes.find((node) => node.type === type).id"
+        return f"{outer}:{self.page.evaluate(find, [outer, kind])}"
+
     def enter_subgraph(self, node: NodeId) -> None:
         """Opens a subgraph node."""
         self.page.evaluate(

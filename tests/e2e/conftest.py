@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(server, browser, request) -> Iterator:
-    """Opens pages of a new user's, and closes them at the end."""
+    """Opens pages of a test's own, and closes them at the end."""
     pages: list[Page] = []
 
     def opened(renderer="classic", **kwargs) -> Page:
@@ -63,8 +63,8 @@ def open_page(server, browser, request) -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def pages(server, browser) -> dict[str, Page]:
-    """The page of each renderer, since ComfyUI's takes longer to load than most tests to run."""
+def pages(browser) -> dict[str, Page]:
+    """The page of each renderer: ComfyUI's takes longer to load than most tests to run."""
     return {}
 
 
@@ -75,21 +75,16 @@ def renderer(request) -> str:
 
 @pytest.fixture
 def page(renderer, server, browser, pages, request) -> Iterator[Page]:
-    """A renderer's page with nothing but an empty workflow open. With SLIPSTREAM_SCREENSHOTS set, a picture of how a test
-    leaves it is kept there."""
+    """A renderer's page with an empty workflow open and nothing else."""
     if renderer in pages:
         pages[renderer].start_over(renderer)
     else:
         pages[renderer] = browser.open(server, renderer)
-    yield from borrowed(renderer, pages, request)
-
-
-def borrowed(renderer: str, pages: dict[str, Page], request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page for one test, after which a failed one's is closed: who knows what it left open."""
     failed = request.session.testsfailed
     yield pages[renderer]
     keep_picture(pages[renderer], request.node.name)
     if request.session.testsfailed > failed:
+        # Who knows what it left open.
         pages.pop(renderer).context.close()
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from workflows import BENCHMARK, Workflow
+from workflows import BENCHMARK, Workflow, seeds
 
 NODE = "SlipstreamBenchmark"
 STEPS, RUNS, ABLATION, SAVE = 2, 7, 8, 9
@@ -138,6 +138,44 @@ def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     assert shown["variants"] == ["baseline", "candidate"]
     assert shown["images"] == 0
     assert len(shown["marks"]) == 2
+    assert not page.problems()
+
+
+def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(page, workflow):
+    """The nodes that they measure have a line for each candidate, and one for the sampler's run."""
+    workflow.set(NODE, ABLATION, "off")
+    inputs = {"baseline": "MODEL", "candidate": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"}
+    second = workflow.add(NODE, {**inputs, "latent_image": "LATENT"}, ["IMAGE", "STRING"], [])
+    second["widgets_values"] = [next(seeds), "fixed", 6, 5.0, "euler", "normal", 1.0, 1, "off", False]
+    inputs = {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"}
+    sampler = workflow.add("KSampler", inputs, ["LATENT"], [next(seeds), "fixed", 8, 5.0, "euler", "normal", 1.0])
+    decoder = workflow.add("VAEDecode", {"samples": "LATENT", "vae": "VAE"}, ["IMAGE"], [])
+    shown = workflow.add("PreviewImage", {"images": "IMAGE"}, [], [])
+    loader, latent = workflow.node("CheckpointLoaderSimple"), workflow.node("EmptyLatentImage")
+    prompts = [node for node in workflow.data["nodes"] if node["type"] == "CLIPTextEncode"]
+    for target, model in ((second, "candidate"), (sampler, "model")):
+        workflow.link(workflow.node("SlipstreamFreeU"), 0, target, model)
+        workflow.link(prompts[0], 0, target, "positive")
+        workflow.link(prompts[1], 0, target, "negative")
+        workflow.link(latent, 0, target, "latent_image")
+    workflow.link(loader, 0, second, "baseline")
+    workflow.link(sampler, 0, decoder, "samples")
+    workflow.link(loader, 2, decoder, "vae")
+    workflow.link(decoder, 0, shown, "images")
+    page.load(workflow.data)
+    outer = page.to_subgraph([second["id"]])
+    assert page.run(timeout_s=300).status == "success"
+    inner = page.inner(outer, NODE)
+    told = {line.text.split(": ")[0]: line.text for line in page.verdicts(workflow.id("SlipstreamCFGCutoff"))}
+    samplers = (f"{NODE} {workflow.id(NODE)}, candidate", f"{NODE} {inner}, candidate", f"KSampler {sampler['id']}")
+    assert told.keys() == set(samplers)
+    assert all(f" of {steps} " in told[name] for name, steps in zip(samplers, (4, 6, 8), strict=True))
+    assert panel(page, workflow)["variants"] == ["baseline", "candidate"]
+    (summary,) = page.verdicts(outer)
+    page.enter_subgraph(outer)
+    (line,) = page.verdicts(inner)
+    assert summary.text.endswith(line.text)
+    assert line.text.startswith("candidate: ")
     assert not page.problems()
 
 

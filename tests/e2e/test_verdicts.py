@@ -157,27 +157,15 @@ def test_two_open_workflows_keep_their_own_verdicts(page, workflow):
 
 def test_in_a_subgraph_the_inner_nodes_have_them_and_the_outer_one_a_summary(page, workflow):
     page.load(workflow.data)
-    ids = [workflow.id(name) for name in OURS]
-    outer = page.page.evaluate(
-        """(ids) => {
-            const graph = app.rootGraph, nodes = graph.nodes.filter((node) => ids.includes(Number(node.id)))
-            return graph.convertToSubgraph(new Set(nodes)).node.id
-        }""",
-        ids,
-    )
-    page.settle()
+    outer = page.to_subgraph([workflow.id(name) for name in OURS])
     assert page.run().status == "success"
     summary = texts(page, outer)
     assert [text.split(" (Slipstream): ")[0] for _, text in summary] == ["DeepCache", "CFG Cutoff", "FreeU"]
-    inner = page.page.evaluate(
-        "(id) => slipstreamTest.node(id).subgraph.nodes.map((node) => [node.type, node.id])", outer
-    )
     page.enter_subgraph(outer)
-    for kind, inner_id in inner:
-        if kind in OURS:
-            ((state, text),) = texts(page, f"{outer}:{inner_id}")
-            assert state == "active"
-            assert any(line.endswith(text) for _, line in summary)
+    for name in OURS:
+        ((state, text),) = texts(page, page.inner(outer, name))
+        assert state == "active"
+        assert any(line.endswith(text) for _, line in summary)
     assert not page.problems()
 
 
