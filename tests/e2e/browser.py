@@ -260,9 +260,12 @@ class Page:
 
     def load(self, workflow: dict[str, Any], name: str = "test") -> None:
         """Opens a workflow (the saved format, not the API's) in a new tab, as File > Open does."""
-        data = json.dumps(workflow).encode()
+        self.open_file(f"{name}.json", "application/json", json.dumps(workflow).encode())
+
+    def open_file(self, name: str, mime_type: str, data: bytes) -> None:
+        """Opens a file in a new tab, as File > Open does: a workflow, or an image that tells of one."""
         with self._another_workflow():
-            file = FilePayload(name=f"{name}.json", mimeType="application/json", buffer=data)
+            file = FilePayload(name=name, mimeType=mime_type, buffer=data)
             self.page.locator("#comfy-file-input").set_input_files(file)
 
     def _new_workflow(self) -> None:
@@ -303,6 +306,11 @@ class Page:
         self._new_workflow()
         self.page.evaluate(_CLOSE_OTHERS)
         self.forget_problems()
+
+    def fit(self) -> None:
+        """Moves and zooms the view so that all nodes are in it."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(800)
 
     def blank_canvas(self) -> None:
         """Opens a new, empty workflow, and zooms out so that a small one fits the window."""
@@ -490,6 +498,12 @@ class Page:
     def is_modified(self) -> bool:
         """Whether the host thinks that the open workflow has changes to save."""
         return bool(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified"))
+
+    def saved(self, prompt_id: str, node: NodeId) -> bytes:
+        """The file of the one image that a node saved in a prompt."""
+        outputs = self.page.request.get(f"{self.server.url}/history/{prompt_id}").json()[prompt_id]["outputs"]
+        (image,) = outputs[str(node)]["images"]
+        return self.page.request.get(f"{self.server.url}/view", params=image).body()
 
     def shows_image(self, node: NodeId) -> bool:
         """Whether a node shows a picture that has been loaded: painted by the classic renderer, or in the page. It may

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from workflows import BENCHMARK, Workflow, seeds
+from workflows import BENCHMARK, Workflow, classic_only, seeds
 
 NODE = "SlipstreamBenchmark"
 STEPS, RUNS, ABLATION, SAVE = 2, 7, 8, 9
@@ -43,7 +43,7 @@ def workflow() -> Workflow:
 def panel(page, workflow, charts=2):
     """What the panel shows, once its charts are drawn and its images are there."""
     node_id = workflow.id(NODE)
-    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.fit()
     for _ in range(100):
         shown = page.page.evaluate(READ_PANEL, node_id)
         if shown and len(shown["marks"]) >= charts and all(shown["marks"]) and shown["images"] >= 2:
@@ -103,6 +103,7 @@ def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     assert not page.problems()
 
 
+@classic_only
 def test_an_interrupted_one_shows_what_was_measured_and_the_next_prompt_runs(page, workflow):
     workflow.set(NODE, ABLATION, "off")
     workflow.set(NODE, RUNS, 50)
@@ -141,6 +142,7 @@ def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     assert not page.problems()
 
 
+@classic_only
 def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(page, workflow):
     """The nodes that they measure have a line for each candidate, and one for the sampler's run."""
     workflow.set(NODE, ABLATION, "off")
@@ -188,6 +190,7 @@ def test_in_the_light_theme(open_page, workflow):
     assert not page.problems()
 
 
+@classic_only
 def test_the_nodes_show_the_candidates_own_verdict_once(page, workflow):
     page.load(workflow.data)
     assert page.run(timeout_s=300).status == "success"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workflows import HANDOFF, Workflow, seeds
+from workflows import HANDOFF, Workflow, classic_only, seeds
 
 NODE = "SlipstreamRefinerHandoff"
 
@@ -37,6 +37,7 @@ def workflow() -> Workflow:
     return workflow
 
 
+@classic_only
 def test_plans_on_both_models_reports_and_a_benchmark_tell_what_they_saw(page, workflow):
     page.load(workflow.data)
     assert page.run().status == "success"

@@ -101,7 +101,7 @@ def test_a_template_opens_runs_and_shows_image_and_verdicts(title, tour, page, r
     assert outcome.status == "success", outcome
     ours = [number for number, kind in kinds.items() if kind.startswith("Slipstream")]
     assert ours
-    fit(page)
+    page.fit()
     told = {node_id: page.verdicts(node_id) for node_id in ours}
     for node_id, lines in told.items():
         kind = kinds[node_id]
@@ -123,7 +123,7 @@ def test_after_a_reload_each_of_them_shows_its_last_run(tour, page):
     page.reload()
     for name, told in tour.told.items():
         page.open_tab(name)
-        fit(page)
+        page.fit()
         for node_id, before in told.items():
             lines = page.verdicts(node_id)
             assert all(line.is_last and line.is_visible for line in lines), (name, node_id, lines)
@@ -137,18 +137,11 @@ def category(page, kind):
 
 def recorded(page, prompt_id, saver):
     """The nodes that asked for what the image that a node saved tells of its making."""
-    outputs = page.page.request.get(f"{page.server.url}/history/{prompt_id}").json()[prompt_id]["outputs"]
-    (image,) = outputs[str(saver)]["images"]
-    with Image.open(BytesIO(page.page.request.get(f"{page.server.url}/view", params=image).body())) as opened:
+    with Image.open(BytesIO(page.saved(prompt_id, saver))) as opened:
         assert "workflow" in opened.text
         record = json.loads(opened.text.get("slipstream", '{"samplers": {}}'))
     runs = [run for sampler in record["samplers"].values() for run in sampler["runs"]]
     return {node for run in runs for method in run["methods"] for node in method["nodes"]}
-
-
-def fit(page):
-    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.page.wait_for_timeout(800)
 
 
 def test_help_pages_open(page):

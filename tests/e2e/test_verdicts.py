@@ -191,3 +191,15 @@ def test_nothing_of_it_is_saved_or_queued(page, workflow):
     ours = {node["id"] for node in saved["nodes"] if node["type"].startswith("Slipstream")}
     assert [n for n in after["nodes"] if n["id"] in ours] == [n for n in saved["nodes"] if n["id"] in ours]
     assert page.prompt() == queued
+
+
+def test_a_saved_image_opened_again_is_the_workflow_that_made_it(page, workflow):
+    page.load(workflow.data)
+    queued, outcome = page.prompt(), page.run()
+    assert outcome.status == "success"
+    image = page.saved(outcome.prompt_id, workflow.id("SaveImage"))
+    page.open_file("image.png", "image/png", image)
+    assert page.prompt() == queued
+    assert page.run().status == "success"
+    assert texts(page, workflow.id("SlipstreamDeepCache"))[0][0] == "active"
+    assert not page.problems()

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 
+import pytest
 from loading import ROOT
 
 TEMPLATES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "workflows").glob("*.json"))}
@@ -13,6 +14,8 @@ SD15 = "2 - SD 1.5 faster - DeepCache, CFG Cutoff and FreeU"
 BENCHMARK = "9 - Benchmark - what each optimization gives"
 HANDOFF = "4 - Refiner handoff 0.8"
 
+classic_only = pytest.mark.parametrize("renderer", ["classic"], indirect=True)
+"""For what comes out the same whichever renderer draws it: what is queued, and what that does."""
 
 seeds = itertools.count(1000)
 

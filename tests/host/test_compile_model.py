@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ BACKEND = "inductor" if SLOW else "eager"
 SCOPES = ("blocks", "model")
 BOUND = 1e-3
 
+slow = partial(pytest.param, marks=pytest.mark.skipif(not SLOW, reason="`./slipstream test --slow` runs it"))
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
@@ -490,12 +492,11 @@ def test_fifty_prompts_of_ten_kinds_need_no_more_memory_than_ten(tiniest, fresh)
 # Real backends
 
 
-def test_inductor_in_both_scopes(tiniest, fresh, tallies):
-    eager = sample(tiniest)
-    for scope in SCOPES:
-        image = sample(compile_model(tiniest, backend="inductor", scope=scope))
-        assert 0 < relative(image, eager) < BOUND
-    assert [tally.units for tally in tallies] == ["9 blocks", "the UNet"]
+@pytest.mark.parametrize(("scope", "units"), [("blocks", "9 blocks"), slow("model", "the UNet")])
+def test_inductor(scope, units, tiniest, fresh, tallies):
+    image = sample(compile_model(tiniest, backend="inductor", scope=scope))
+    assert 0 < relative(image, sample(tiniest)) < BOUND
+    assert [tally.units for tally in tallies] == [units]
 
 
 AGAIN = """

@@ -15,7 +15,9 @@ import folder_paths
 import hosted
 import pytest
 import small_models
+from comfy.cli_args import args
 from comfy_api.latest import io
+from comfy_extras import nodes_images
 from hosted import NODES, latent, prompt
 from PIL import Image
 
@@ -72,29 +74,32 @@ class Host:
         for handler in self.server.on_prompt_handlers:
             data = handler(data)
         number = next(numbers)
-        outputs = [node for node, entry in graph.items() if entry["class_type"] == "SaveImage"]
+        outputs = [node for node, entry in graph.items() if entry["class_type"].startswith("Save")]
         item = (number, f"prompt {number}", data["prompt"], data.get("extra_data", {}), outputs, {})
         self.server.prompt_queue.put(item)
 
     def work(self):
-        """Do what is queued, as the host's worker does. Returns what the last one's new image tells, chunk by chunk."""
+        """Do what is queued, as the host's worker does. Returns the last one's new image, if there is one."""
         while self.server.prompt_queue.queue:
-            before = set(self.output.glob("*.png"))
+            before = set(self.output.iterdir())
             item, number = self.server.prompt_queue.get()
             # In a thread, since the browser tests leave an event loop running in this one.
             with ThreadPoolExecutor(1) as worker:
                 worker.submit(self.executor.execute, item[2], item[1], item[3].copy(), item[4]).result()
             self.server.prompt_queue.task_done(number, {}, None)
-        new = set(self.output.glob("*.png")) - before
-        if not new:
-            return None
-        (path,) = new
-        with Image.open(path) as image:
-            return {name: json.loads(text) for name, text in image.text.items()}
+        new = set(self.output.iterdir()) - before
+        return new.pop() if new else None
 
     def run(self, graph, extra=None):
+        """Queue and do a prompt. Returns what its image tells, chunk by chunk."""
         self.post(graph, extra)
-        return self.work()
+        path = self.work()
+        return None if path is None else chunks_of(path)
+
+
+def chunks_of(path):
+    with Image.open(path) as image:
+        return {name: json.loads(text) for name, text in image.text.items()}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,29 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
     assert found == {"samplers": {"3": {"type": "KSampler", "runs": [{"steps": 3, "methods": [method]}]}}}
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("SaveAnimatedWEBP", {"fps": 6.0, "lossless": True, "quality": 80, "method": "fastest"}),
+        ("SaveAnimatedPNG", {"fps": 6.0, "compress_level": 4}),
+    ],
+)
+def test_animated_images_tell_it_too(host, kind, values, monkeypatch):
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, getattr(nodes_images, kind))
+    animated = graph()
+    animated["9"]["class_type"] = kind
+    animated["9"]["inputs"] |= values
+    host.post(animated)
+    written = host.work().read_bytes()
+    assert b'"stem": "cfg_cutoff"' in written
+    assert b"no guidance from step 1 of 3" in written
+
+
+def test_a_host_that_is_to_write_no_metadata_writes_none_of_ours(host, monkeypatch):
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert host.run(graph()) == {}
+
+
 def test_without_a_node_of_ours_nothing_is_touched(host):
     bare = graph()
     bare["3"]["inputs"]["model"] = ["1", 0]
@@ -195,7 +223,7 @@ def test_an_image_whose_sampler_the_host_had_cached_tells_of_the_run_that_made_i
     # Queued before the first one has run, and after; and, as the host's cache knows no ids, by another sampler node.
     host.post(graph())
     host.post(graph("b"))
-    assert told(host.work()) == {"3": [3]}
+    assert told(chunks_of(host.work())) == {"3": [3]}
     first = len(steps)
     assert told(host.run(graph("c"))) == {"3": [3]}
     assert told(host.run(graph("d", "5"))) == {"5": [3]}
@@ -211,12 +239,12 @@ def test_what_the_page_sends_and_what_the_host_makes_of_it_are_one_sampler(host)
     sent["3"]["inputs"] |= {"cfg": 5, "denoise": 1}
     host.post(sent)
     sent["3"]["inputs"] |= {"cfg": 5.0, "denoise": 1.0}
-    assert told(host.work()) == {"3": [3]}
+    assert told(chunks_of(host.work())) == {"3": [3]}
     again = graph("b")
     again["3"]["inputs"] |= {"cfg": 5, "denoise": 1}
     host.post(again)
     again["3"]["inputs"] |= {"cfg": 5.0, "denoise": 1.0}
-    assert told(host.work()) == {"3": [3]}
+    assert told(chunks_of(host.work())) == {"3": [3]}
 
 
 def test_a_client_that_sends_no_workflow_gets_no_claim_of_one(host):

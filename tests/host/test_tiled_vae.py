@@ -196,7 +196,7 @@ def test_autoencoders_with_other_ends(kl, make, channels, ratio):
 
 def test_a_tiny_vae_is_left_to_the_host(last_lines):
     vae = small_models.vae()
-    samples = latent(80, 72)
+    samples = latent(72, 32)
     expected = vae.decode_tiled(samples, tile_x=64, tile_y=64, overlap=8)
     assert torch.equal(decode(vae, samples), expected)
     ((state, text),) = last_lines("7")

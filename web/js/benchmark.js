@@ -10,7 +10,6 @@
  * @typedef {import('./benchmark/format.mjs').Summary} Summary
  * @typedef {{ element: HTMLElement, update: (report: Report) => void }} Section
  */
-import { app } from '../../../scripts/app.js'
 import { chartSection, stepsOption, timesOption } from './benchmark/charts.mjs'
 import { ACCENT, colorOf, duration, rangeOf, urlOf, word } from './benchmark/format.mjs'
 import { imagesSection } from './benchmark/pictures.mjs'
@@ -19,7 +18,6 @@ import { details, make, mark } from './verdicts.js'
 const TYPE = 'SlipstreamBenchmark'
 /** Of the reports that this panel understands: a page that is open over an update gets newer ones. */
 const SCHEMA = 1
-const NEW_NODE_WIDTH = 640
 const COPIED_MS = 1500
 
 const STYLE = `
@@ -421,12 +419,3 @@ async function writeClipboard(text, button) {
 const style = new CSSStyleSheet()
 style.replaceSync(STYLE)
 document.adoptedStyleSheets.push(style)
-
-app.registerExtension({
-  name: 'slipstream.benchmark',
-  /** A saved node gets its own size after this. @param {any} node */
-  nodeCreated(node) {
-    if ((node.comfyClass ?? node.type) !== TYPE) return
-    node.setSize([Math.max(node.size[0], NEW_NODE_WIDTH), node.size[1]])
-  }
-})

@@ -74,6 +74,9 @@ const COLORS = {
   interrupted: '#a370d8'
 }
 
+/** Of nodes that show more than fits into the host's width for a new node. @type {Record<string, number>} */
+const NEW_NODE_WIDTHS = { SlipstreamBenchmark: 640, SlipstreamRecipe: 480 }
+
 const STYLE = `
 .slipstream-verdict {
   box-sizing: border-box;
@@ -411,6 +414,11 @@ app.registerExtension({
   async setup() {
     isReady = true
     await announce()
+  },
+  /** A saved node gets its own size after this. @param {any} node */
+  nodeCreated(node) {
+    const width = NEW_NODE_WIDTHS[node.comfyClass ?? node.type]
+    if (width) node.setSize([Math.max(node.size[0], width), node.size[1]])
   },
   afterConfigureGraph: draw
 })
