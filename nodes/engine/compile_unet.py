@@ -237,12 +237,15 @@ class CompiledUNetCall:
 
     def _time(self, shape: dict[str, Any], step: str) -> None:
         """Before the first compilation: run it without graphs, once to warm up and then to time it, so that the gain
-        can be told. Not where it could be noticed: a patch may count, and control is used up."""
+        can be told. Not where it could be noticed: a patch, a hook or another node's code may count or draw random
+        numbers, and control is used up."""
         call = self.call
         is_alone = not call.options.get("patches") and not call.options.get("patches_replace")
         if step != "full" or not is_alone or call.control is not None or not self.compiler.is_untimed:
             return
         if attention.is_overridden(call.options) or call.has_wrappers_inside:
+            return
+        if self.prepared.left_out.keys() & {machine.REPLACED, machine.HOOKED}:
             return
         seconds = []
         for _ in range(1 + STEADY_CALLS):

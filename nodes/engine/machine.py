@@ -212,18 +212,22 @@ def without_dynamic_vram(patcher: Any, title: str) -> Any:
         ) from error
 
 
+REPLACED = "another node replaced its code"
+HOOKED = "another node has a hook inside"
+
+
 def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
     """Why no graph should be made of a module as it is now; None if one may."""
     own = vars(type(module)).get("forward")
     if "forward" in module.__dict__ or (own is not None and not own.__module__.startswith("comfy.")):
-        return "another node replaced its code"
+        return REPLACED
     for inner in module.modules():
         if hasattr(inner, "_v"):
             return "DynamicVRAM brings the weights to the device as they are used"
         if getattr(inner, "weight_function", None) or getattr(inner, "bias_function", None):
             return "weights are patched as they are used, since the model is loaded in part only"
         if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
-            return "another node has a hook inside"
+            return HOOKED
     if any(weight.device != device for weight in module.parameters()):
         return "weights are offloaded, since the model is loaded in part only"
     return None

@@ -17,7 +17,6 @@ import pytest
 import small_models
 from comfy.cli_args import args
 from comfy_api.latest import io
-from comfy_extras import nodes_images
 from hosted import NODES, latent, prompt
 from PIL import Image
 
@@ -172,6 +171,10 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
     ],
 )
 def test_animated_images_tell_it_too(host, kind, values, monkeypatch):
+    from comfy_extras import (
+        nodes_images,
+    )  # not at the top: on older hosts it imports the server, which `host` stands for
+
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, getattr(nodes_images, kind))
     animated = graph()
     animated["9"]["class_type"] = kind
