@@ -214,6 +214,7 @@ def without_dynamic_vram(patcher: Any, title: str) -> Any:
 
 REPLACED = "another node replaced its code"
 HOOKED = "another node has a hook inside"
+"""Reasons of `unsuited` for which other packs' code runs in a module."""
 
 
 def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:

@@ -87,7 +87,10 @@ class Host:
                 worker.submit(self.executor.execute, item[2], item[1], item[3].copy(), item[4]).result()
             self.server.prompt_queue.task_done(number, {}, None)
         new = set(self.output.iterdir()) - before
-        return new.pop() if new else None
+        if not new:
+            return None
+        (path,) = new
+        return path
 
     def run(self, graph, extra=None):
         """Queue and do a prompt. Returns what its image tells, chunk by chunk."""
@@ -171,9 +174,8 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
     ],
 )
 def test_animated_images_tell_it_too(host, kind, values, monkeypatch):
-    from comfy_extras import (
-        nodes_images,
-    )  # not at the top: on older hosts it imports the server, which `host` stands for
+    # Not at the top: on older hosts it imports the server, which `host` stands for.
+    from comfy_extras import nodes_images
 
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, kind, getattr(nodes_images, kind))
     animated = graph()
