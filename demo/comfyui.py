@@ -120,15 +120,23 @@ class Server:
 
         Returns:
             The prompt's id.
+
+        Raises:
+            RuntimeError: the server refused it, or a part of it: it runs what is left.
         """
         info = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
-            return str(self.post("/prompt", {"prompt": prompt, "extra_data": info})["prompt_id"])
+            answer = self.post("/prompt", {"prompt": prompt, "extra_data": info})
         except urllib.error.HTTPError as error:
             why = refusal(json.load(error)) if error.code == 400 else str(error)
             raise RuntimeError(
                 f"ComfyUI should accept the prompt, but refused it: {why}. Its log: {self.log}"
             ) from error
+        if answer.get("node_errors"):
+            raise RuntimeError(
+                f"ComfyUI should accept the whole prompt, but refused a part: {refusal(answer)}. Its log: {self.log}"
+            )
+        return str(answer["prompt_id"])
 
     def wait_for(
         self, prompt_id: str, interval_s: float = 0.1, meanwhile: Callable[[], None] = lambda: None

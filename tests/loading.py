@@ -25,16 +25,16 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def packed_files() -> list[str]:
+def packed_files(pack: Path = ROOT) -> list[str]:
     """The paths, in the pack, of the files that `comfy node pack` takes of it and users get."""
     from pathspec import PathSpec
 
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    lines = (pack / ".comfyignore").read_text(encoding="utf-8").splitlines()
     ignored = PathSpec.from_lines("gitwildmatch", lines)
     found = []
-    for folder, folders, files in os.walk(ROOT):
+    for folder, folders, files in os.walk(pack):
         folders[:] = set(folders) - {".git", "__pycache__"}
-        found += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in files]
+        found += [(Path(folder) / name).relative_to(pack).as_posix() for name in files]
     return sorted(name for name in found if not ignored.match_file(name))
 
 

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loading import ROOT, find_chromium, find_comfyui, packed_files
+from loading import ROOT, find_chromium
 
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "demo")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "demo"), str(ROOT / "tests" / "released")]
 
 from browser import Browser, Page, keep_picture
 from comfyui import Server
+from prompts import scratch_server
 
-from workflows import TEMPLATES, Workflow
+from workflows import Workflow
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    base = tmp_path_factory.mktemp("comfyui")
-    packs, checkpoints = base / "custom_nodes", base / "models" / "checkpoints"
-    packs.mkdir()
-    checkpoints.mkdir(parents=True)
-    # The files that users get, and no others.
-    for name in packed_files():
-        file = packs / "slipstream" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, file)
-    (packs / "standins").symlink_to(Path(__file__).with_name("standins"))
-    (checkpoints / "tiniest.safetensors").touch()
-    for template in TEMPLATES.values():
-        for node in template["nodes"]:
-            if node["type"] == "CheckpointLoaderSimple":
-                (checkpoints / node["widgets_values"][0]).touch()
-    comfyui = find_comfyui()
-    assert comfyui is not None
-    with Server(comfyui, base, base / "server.log", ["--cpu"]) as started:
+    with scratch_server(ROOT, tmp_path_factory.mktemp("comfyui")) as started:
         yield started
 
 
