@@ -5,7 +5,6 @@ happens when sampling begins: `sampling` reads the plan and runs its methods, `r
 `verdicts` tells each node what became of it.
 """
 
-from .models import describe
 from .node import (
     add,
     backend_options,
@@ -17,7 +16,8 @@ from .node import (
     sampler_options,
     suggest,
 )
-from .plan import Plan, plan_of
+from .plan.models import describe
+from .plan.plan import Plan, plan_of
 
 __all__ = [
     "Plan",

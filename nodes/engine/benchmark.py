@@ -31,13 +31,14 @@ from PIL import Image
 from ..measuring.fidelity import amplified_difference, compare
 from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
-from . import machine, models, verdicts
+from . import machine, verdicts
 from .latents import as_sampled
 from .machine import clock
 from .node import node_of
-from .plan import Entry, Plan, plan_of
+from .plan import models
+from .plan.plan import Entry, Plan, plan_of
+from .plan.record import outcome
 from .probe import Probe, compiled
-from .record import outcome
 from .sampling import Audience, with_plan
 
 ABLATIONS = ("off", "each alone", "leave one out")

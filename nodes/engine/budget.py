@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from ..measuring.memory import MIB, PeakMemory
 from ..methods.method import Loaded
 from . import machine
-from .plan import plan_of
+from .plan.plan import plan_of
 
 NEXT_TO_NOTHING = 0.1
 """Bytes. The host takes a budget of 0 for none at all, and loads everything."""

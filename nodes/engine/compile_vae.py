@@ -17,7 +17,7 @@ from ..methods.method import State
 from . import attention, machine, stages, verdicts
 from .artifacts import Keeper
 from .node import node_of
-from .plan import Node
+from .plan.plan import Node
 
 if TYPE_CHECKING:
     from ..compiling.functions import Compiler

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from ..methods.method import Found, MethodRun
-from . import artifacts, machine, models
+from . import artifacts, machine
 from .attention import NAMESPACE
+from .plan import models
 
 _now = threading.local()
 

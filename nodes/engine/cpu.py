@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..methods.method import Configuration
-from . import models, registry
 from .node import pass_through, suggest
+from .plan import models, registry
 
 
 def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: bool, sdpa: bool) -> io.NodeOutput:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import machine, verdicts
 from .node import node_of, supported
-from .plan import Node
+from .plan.plan import Node
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from ..methods.fp16_fix import (
 from ..methods.method import State
 from . import machine, stages, verdicts
 from .node import node_of
-from .plan import Node
+from .plan.plan import Node
 
 __all__ = ["METHODS", "PRECISIONS", "FP16Fix", "fixed"]
 

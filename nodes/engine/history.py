@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import verdicts
-from .plan import Entry, Plan
-from .record import Record
+from .plan.plan import Entry, Plan
+from .plan.record import Record
 
 KEPT = 100
 

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from comfy_execution.graph_utils import is_link
 
 from . import machine, verdicts
-from .plan import KEY
+from .plan.plan import KEY
 
 logger = logging.getLogger(__name__)
 

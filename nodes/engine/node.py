@@ -12,8 +12,9 @@ from comfy_api.latest import io
 
 from ..compiling.settings import DYNAMIC, MODES, SCOPES
 from ..methods.method import Configuration
-from . import machine, models, sampling, verdicts
-from .plan import Entry, Node, plan_of
+from . import machine, sampling, verdicts
+from .plan import models
+from .plan.plan import Entry, Node, plan_of
 
 
 def supported(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:

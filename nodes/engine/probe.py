@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..methods.method import Steps
 from .machine import clock
-from .record import StepClock
+from .plan.record import StepClock
 from .sampling import AUDIENCE, Audience
 
 KEY = "slipstream.probe"

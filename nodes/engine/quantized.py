@@ -14,7 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import nn
 
 from ..methods.method import Quantized, Quantizer
-from . import models
+from .plan import models
 
 if TYPE_CHECKING:
     from .model_call import HostModel

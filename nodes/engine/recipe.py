@@ -12,8 +12,9 @@ from torch import nn
 from ..measuring.memory import MIB
 from ..methods.method import has_bf16
 from ..methods.recipe import Given, choose
-from . import machine, models, registry
+from . import machine
 from .node import pass_through, suggest
+from .plan import models, registry
 
 SIDE = 1024
 """Of the picture that memory is reckoned for, in pixels."""

@@ -18,10 +18,11 @@ from comfy_api.latest import io
 
 from ..methods.method import State
 from ..methods.refiner_handoff import SPLITS, TITLE, Ensemble, ImageToImage
-from . import latents, machine, metadata, models, verdicts
+from . import latents, machine, metadata, verdicts
 from .node import node_of, option
-from .plan import plan_of
-from .record import outcome
+from .plan import models
+from .plan.plan import plan_of
+from .plan.record import outcome
 from .sampling import AUDIENCE, Audience
 
 STEM = "refiner_handoff"

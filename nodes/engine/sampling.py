@@ -21,10 +21,11 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, State, Steps
-from . import artifacts, budget, history, machine, metadata, models, verdicts
+from . import artifacts, budget, history, machine, metadata, verdicts
 from .guidance import HostGuidance
-from .plan import KEY, Entry, Plan, plan_of
-from .record import Record
+from .plan import models
+from .plan.plan import KEY, Entry, Plan, plan_of
+from .plan.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ..methods.method import State
 from . import machine, verdicts
-from .plan import Node
-from .record import Record
+from .plan.plan import Node
+from .plan.record import Record
 
 HOSTS_BOOKS = ("dynamic_pins", "dynamic_vbars", "dynamic_patchers")
 """What DynamicVRAM keeps on a module, by device: memory that is not the module's own."""

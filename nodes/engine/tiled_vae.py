@@ -42,7 +42,7 @@ from . import machine, stages, verdicts
 from .compile_vae import CompiledStage
 from .fp16_fix_vae import InFloat32
 from .node import node_of, option
-from .record import outcome
+from .plan.record import outcome
 
 _numbers = itertools.count(1)
 

@@ -22,7 +22,7 @@ from ..measuring.memory import MIB
 from ..methods.method import State
 from . import stages, verdicts
 from .node import node_of
-from .plan import Node
+from .plan.plan import Node
 
 TITLE = "Tiny VAE"
 FOLDER = "vae_approx"

@@ -30,7 +30,7 @@ NODES = {node.define_schema().node_id: node for node in load_nodes()}
 """All of them, by id."""
 HOSTS_OWN = ("sampler_name", "scheduler", "name")
 """Inputs whose choices are the host's, or the user's files."""
-_registry = importlib.import_module(f"{PACK}.nodes.engine.registry").METHODS
+_registry = importlib.import_module(f"{PACK}.nodes.engine.plan.registry").METHODS
 SEVERAL = ("cpu", "recipe")
 """Files of nodes that add several methods."""
 _ids = dict(importlib.import_module(f"{PACK}.nodes").NODES)

@@ -52,7 +52,7 @@ def test_it_is_small():
 
 
 def test_the_engine_and_other_packs_see_an_sd15_model(demo):
-    described = engine("models").describe(demo.model, demo.model.model_options)
+    described = engine("plan.models").describe(demo.model, demo.model.model_options)
     assert described.family == "SD1"
     assert described.depth == 8
     assert isinstance(demo.model.model.model_config, comfy.supported_models.SD15)

@@ -140,7 +140,7 @@ def test_twice_with_different_settings_is_refused_naming_both_nodes(name, model,
 
 
 def test_an_explicit_node_wins_over_a_suggestion_wherever_it_is_wired(model):
-    plan = hosted.engine("plan")
+    plan = hosted.engine("plan.plan")
     config = hosted.method("cfg_cutoff").CFGCutoff
     explicit = plan.Entry(config(0.5), (plan.Node("1", "SlipstreamCFGCutoff"),))
     suggested = plan.Entry(config(0.75), (plan.Node("2", "SlipstreamRecipe"),), suggested=True)
@@ -163,7 +163,7 @@ def test_an_explicit_node_wins_over_a_suggestion_wherever_it_is_wired(model):
 
 
 def test_suggestions_that_differ_are_refused_in_the_run_unless_a_node_is_explicit(model, last_lines):
-    plan, sampling = hosted.engine("plan"), hosted.engine("sampling")
+    plan, sampling = hosted.engine("plan.plan"), hosted.engine("sampling")
     config = hosted.method("cfg_cutoff").CFGCutoff
     some = plan.Plan()
     for node, cutoff in (("2", 0.75), ("3", 0.6)):

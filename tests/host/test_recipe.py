@@ -24,7 +24,7 @@ def planned(patcher, goal, node_id="1"):
 
 def settings(patcher):
     """The plan: of each method what was set, and whether only suggested."""
-    return {entry.config.stem: entry for entry in hosted.engine("plan").plan_of(patcher).entries}
+    return {entry.config.stem: entry for entry in hosted.engine("plan.plan").plan_of(patcher).entries}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_every_goal_on_every_family(goal, name, told):
     plan = settings(planned(patcher, goal))
     assert all(entry.suggested for entry in plan.values())
     for entry in plan.values():
-        entry.config.check(hosted.engine("models").describe(patcher, {}))
+        entry.config.check(hosted.engine("plan.models").describe(patcher, {}))
         assert f"+ {entry.config.title}" in told()
     # On a processor.
     assert {"attention_backend"} <= set(plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..methods.method import Configuration
+from ...methods.method import Configuration
 from . import registry
 
 KEY = "slipstream"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..methods.method import Configuration
+from ...methods.method import Configuration
 
 METHODS = (
     "sequential_offload",
@@ -31,7 +31,7 @@ def rank(config: Configuration) -> int:
 
 def kind(stem: str) -> Any:
     """The class of a method's configurations."""
-    found = vars(importlib.import_module(f"..methods.{stem}", __package__)).values()
+    found = vars(importlib.import_module(f"...methods.{stem}", __package__)).values()
     (one,) = (one for one in found if isinstance(one, type) and getattr(one, "stem", None) == stem)
     return one
 

@@ -8,7 +8,7 @@ from typing import Any
 from comfy import supported_models
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ..methods.method import Model
+from ...methods.method import Model
 
 # Most specific first: the host derives SSD-1B and others from SDXL, SD 2.x variants from SD20.
 FAMILIES = (
