@@ -116,7 +116,7 @@ def study(count: int, steps: int) -> dict[str, Any]:
         print(table_row(rows[-1]), flush=True)
     about = f"{count} prompts of combinations that training held out, a seed each, {steps} steps of {SAMPLER}, "
     about += f"{SCHEDULER}, cfg {CFG:g}; demo model, 256x256"
-    machine = hosted.engine("machine").describe(torch.device("cpu"))
+    machine = hosted.engine("host.machine").describe(torch.device("cpu"))
     weights = hashlib.sha256(hosted.engine("demo_model").FILE.read_bytes()).hexdigest()
     return {"about": about, "machine": machine, "weights": weights, "frechet_other_seeds": floor, "rows": rows}
 

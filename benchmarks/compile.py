@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache
 
-    machine = hosted.engine("machine")
+    machine = hosted.engine("host.machine")
     dtype = getattr(torch, arguments.dtype)
     model = full_size(arguments.family, dtype)
     device = model.load_device

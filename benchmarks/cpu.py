@@ -50,7 +50,7 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
     import hosted
     import torch
 
-    machine, sampling = hosted.engine("machine"), hosted.engine("sampling")
+    machine, sampling = hosted.engine("host.machine"), hosted.engine("sampling")
     latent = torch.zeros(1, 4, size // 8, size // 8)
     prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
 
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     model = full_size("sd15", torch.float32)
     return {
-        "machine": hosted.engine("machine").describe(model.load_device),
+        "machine": hosted.engine("host.machine").describe(model.load_device),
         "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
         "figures": {str(size): measure_size(model, size, arguments) for size in arguments.sizes},
     }

@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from slipstream_pack.nodes.measuring.fidelity import compare
     from torch._inductor.utils import fresh_cache
 
-    machine, verdicts = hosted.engine("machine"), hosted.engine("verdicts")
+    machine, verdicts = hosted.engine("host.machine"), hosted.engine("verdicts")
     model = transformer_heavy(arguments.width, arguments.depth)
     device = model.load_device
     latent = hosted.latent(model, arguments.size // 8)
@@ -202,7 +202,7 @@ def main() -> None:
     figures = measure(arguments)
     settings = {key: value for key, value in vars(arguments).items() if key != "output"}
     report = {
-        "machine": hosted.engine("machine").describe(torch.device("cpu")),
+        "machine": hosted.engine("host.machine").describe(torch.device("cpu")),
         "settings": settings,
         "figures": figures,
         "pictures": pictures(arguments.count, 20),

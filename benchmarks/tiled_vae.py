@@ -103,7 +103,7 @@ def cost(size: int, tile_sizes: list[int], runs: int) -> dict[str, Any]:
     import torch
     from tiling import Accounting, on_device
 
-    machine = hosted.engine("machine")
+    machine = hosted.engine("host.machine")
     vae = network("full")
     (samples,) = latents("full", vae, size, size)
     vae.decode(samples[..., :8, :8])
@@ -243,7 +243,7 @@ def main() -> None:
         return
     kept = arguments.output / "figures.json" if arguments.output else None
     report = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    report["machine"] = hosted.engine("machine").describe(torch.device("cpu"))
+    report["machine"] = hosted.engine("host.machine").describe(torch.device("cpu"))
     with torch.inference_mode():
         if "cost" in arguments.only:
             report["cost"] = cost(1024, [512, 256], arguments.runs)

@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(row_of(rows[-1]), flush=True)
             figures[family] = rows
     return {
-        "machine": hosted.engine("machine").describe(torch.device("cpu")),
+        "machine": hosted.engine("host.machine").describe(torch.device("cpu")),
         "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
         "figures": figures,
     }

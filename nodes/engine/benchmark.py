@@ -31,9 +31,10 @@ from PIL import Image
 from ..measuring.fidelity import amplified_difference, compare
 from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
-from . import machine, verdicts
+from . import verdicts
+from .host import machine
+from .host.machine import clock
 from .latents import as_sampled
-from .machine import clock
 from .node import node_of
 from .plan import models
 from .plan.plan import Entry, Plan, plan_of

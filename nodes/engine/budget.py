@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..measuring.memory import MIB, PeakMemory
 from ..methods.method import Loaded
-from . import machine
+from .host import machine
 from .plan.plan import plan_of
 
 NEXT_TO_NOTHING = 0.1

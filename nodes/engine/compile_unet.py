@@ -16,8 +16,9 @@ from ..compiling import backends
 from ..compiling.functions import STEADY_CALLS, Announce, Compiler
 from ..compiling.settings import Settings
 from ..compiling.tally import Tally
-from . import attention, machine
-from .artifacts import Keeper
+from . import attention
+from .host import machine
+from .host.artifacts import Keeper
 from .unet import HostUNetCall, capturing, outer_blocks
 
 Forward = Callable[..., torch.Tensor]

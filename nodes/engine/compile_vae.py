@@ -14,8 +14,9 @@ from ..compiling import backends
 from ..compiling.settings import Settings
 from ..compiling.tally import Tally
 from ..methods.method import State
-from . import attention, machine, stages, verdicts
-from .artifacts import Keeper
+from . import attention, stages, verdicts
+from .host import machine
+from .host.artifacts import Keeper
 from .node import node_of
 from .plan.plan import Node
 

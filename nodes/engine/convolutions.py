@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..methods.method import Found, MethodRun
-from . import artifacts, machine
 from .attention import NAMESPACE
+from .host import artifacts, machine
 from .plan import models
 
 _now = threading.local()

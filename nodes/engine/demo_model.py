@@ -25,7 +25,8 @@ from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import machine, verdicts
+from . import verdicts
+from .host import machine
 from .node import node_of, supported
 from .plan.plan import Node
 

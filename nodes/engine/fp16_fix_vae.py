@@ -32,7 +32,8 @@ from ..methods.fp16_fix import (
     watching,
 )
 from ..methods.method import State
-from . import machine, stages, verdicts
+from . import stages, verdicts
+from .host import machine
 from .node import node_of
 from .plan.plan import Node
 

@@ -22,7 +22,8 @@ from weakref import WeakValueDictionary
 
 from comfy_execution.graph_utils import is_link
 
-from . import machine, verdicts
+from . import verdicts
+from .host import machine
 from .plan.plan import KEY
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..methods.method import Attention, Made, Quantized, Quantizer
-from . import artifacts, attention
+from . import attention
+from .host import artifacts
 from .plan import models
 from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV

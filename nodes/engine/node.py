@@ -12,7 +12,8 @@ from comfy_api.latest import io
 
 from ..compiling.settings import DYNAMIC, MODES, SCOPES
 from ..methods.method import Configuration
-from . import machine, sampling, verdicts
+from . import sampling, verdicts
+from .host import machine
 from .plan import models
 from .plan.plan import Entry, Node, plan_of
 

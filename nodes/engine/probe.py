@@ -14,7 +14,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..methods.method import Steps
-from .machine import clock
+from .host.machine import clock
 from .plan.record import StepClock
 from .sampling import AUDIENCE, Audience
 

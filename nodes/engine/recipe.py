@@ -12,7 +12,7 @@ from torch import nn
 from ..measuring.memory import MIB
 from ..methods.method import has_bf16
 from ..methods.recipe import Given, choose
-from . import machine
+from .host import machine
 from .node import pass_through, suggest
 from .plan import models, registry
 

@@ -18,7 +18,8 @@ from comfy_api.latest import io
 
 from ..methods.method import State
 from ..methods.refiner_handoff import SPLITS, TITLE, Ensemble, ImageToImage
-from . import latents, machine, metadata, verdicts
+from . import latents, metadata, verdicts
+from .host import machine
 from .node import node_of, option
 from .plan import models
 from .plan.plan import plan_of

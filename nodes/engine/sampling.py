@@ -21,8 +21,9 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..methods.method import Evaluation, MethodRun, Run, State, Steps
-from . import artifacts, budget, history, machine, metadata, verdicts
+from . import budget, history, metadata, verdicts
 from .guidance import HostGuidance
+from .host import artifacts, machine
 from .plan import models
 from .plan.plan import KEY, Entry, Plan, plan_of
 from .plan.record import Record

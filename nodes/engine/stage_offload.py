@@ -12,7 +12,8 @@ from comfy_api.latest import io
 
 from ..measuring.memory import MIB
 from ..methods.method import State
-from . import machine, verdicts
+from . import verdicts
+from .host import machine
 from .node import node_of
 
 TEXT_ENCODERS, DIFFUSION_MODELS, ALL_BUT = "text encoders", "diffusion models", "all but the input's"

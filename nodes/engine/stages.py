@@ -20,7 +20,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..methods.method import State
-from . import machine, verdicts
+from . import verdicts
+from .host import machine
 from .plan.plan import Node
 from .plan.record import Record
 

@@ -38,9 +38,10 @@ from ..methods.tiled_vae import (
     decoder_network,
     encoder_network,
 )
-from . import machine, stages, verdicts
+from . import stages, verdicts
 from .compile_vae import CompiledStage
 from .fp16_fix_vae import InFloat32
+from .host import machine
 from .node import node_of, option
 from .plan.record import outcome
 

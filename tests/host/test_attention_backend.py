@@ -219,7 +219,7 @@ def test_compiled_code_sees_it(scope, backend, fuse_qkv, last_lines, lines):
 def test_fused_blocks_of_a_kind_share_their_graphs(last_lines):
     made = []
     for wire in (lambda patcher: patcher, fused):
-        hosted.engine("artifacts")._made.clear()
+        hosted.engine("host.artifacts")._made.clear()
         sample(wire(compile_model(hosted.model("minimal"), "2")), steps=2)
         made.append(last_lines("2")[-1][1].split(" graphs")[0])
     assert made[0] == made[1]

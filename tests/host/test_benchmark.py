@@ -338,7 +338,7 @@ def test_weights_that_come_as_they_are_used_come_before_the_clock_starts(
     is_same, settled, model, benchmark, monkeypatch
 ):
     """Under DynamicVRAM, a step goes before each run that follows another model's."""
-    monkeypatch.setattr(hosted.engine("machine"), "is_dynamic", lambda patcher: True)
+    monkeypatch.setattr(hosted.engine("host.machine"), "is_dynamic", lambda patcher: True)
     calls, real = [], comfy.sample.sample
     monkeypatch.setattr(
         comfy.sample, "sample", lambda *args, **kwargs: calls.append(kwargs["last_step"]) or real(*args, **kwargs)
@@ -356,7 +356,7 @@ def test_the_other_variants_models_are_taken_off_the_device_and_no_others(model,
         sample(one, steps=1)
     kept = []
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda _, device, keep: kept.extend(keep))
-    take_off = hosted.engine("machine").take_off_device
+    take_off = hosted.engine("host.machine").take_off_device
     take_off([other.model], torch.device("cpu"))
     assert not kept
     take_off([other.model], torch.device("meta"))

@@ -51,7 +51,7 @@ def tiniest():
 @pytest.fixture
 def fresh():
     """Nothing compiled is left from another test, so that new graphs can be counted."""
-    hosted.engine("artifacts")._made.clear()
+    hosted.engine("host.artifacts")._made.clear()
     torch._dynamo.pgo.reset_code_state()  # which sizes have changed so far
 
 
@@ -340,7 +340,7 @@ def test_a_model_that_is_compiled_is_freed_with_its_patcher():
 
 def test_what_was_compiled_goes_a_while_after_its_node(model, fresh, monkeypatch, tallies):
     """And is taken over by a node that comes in its place before. The clock is the test's."""
-    artifacts = hosted.engine("artifacts")
+    artifacts = hosted.engine("host.artifacts")
     waiting = []
 
     class Timer:

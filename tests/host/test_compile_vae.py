@@ -150,7 +150,7 @@ def test_dynamic_vram_is_left_by_loading_the_weights_as_a_whole():
 
 
 def test_what_was_compiled_goes_with_the_vae(monkeypatch):
-    artifacts = hosted.engine("artifacts")
+    artifacts = hosted.engine("host.artifacts")
     artifacts._made.clear()
     monkeypatch.setattr(artifacts, "ORPHANED_S", 0.1)
     others = set(threading.enumerate())

@@ -151,7 +151,7 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
     workflow = {"id": "a workflow", "nodes": []}
     chunks = host.run(graph(), {"extra_pnginfo": {"workflow": workflow, "slipstream": "of another file"}})
     assert chunks["workflow"] == workflow
-    versions = hosted.engine("machine").versions()
+    versions = hosted.engine("host.machine").versions()
     found = chunks["slipstream"]
     assert {name: found.pop(name) for name in versions} == versions
     (method,) = found["samplers"]["3"]["runs"][0]["methods"]

@@ -547,7 +547,7 @@ def test_the_base_is_released_before_the_refiner_is_loaded_if_both_do_not_fit(
 ):
     base, refiner = on_gpu
     before = []
-    monkeypatch.setattr(hosted.engine("machine"), "has_room", lambda *args: before.append(loaded()) or has_room)
+    monkeypatch.setattr(hosted.engine("host.machine"), "has_room", lambda *args: before.append(loaded()) or has_room)
     samples, _ = hand_over(base, refiner)
     assert before == [[base.model]]
     assert (refiner.model in loaded(), base.model in loaded()) == (True, has_room)
@@ -556,7 +556,7 @@ def test_the_base_is_released_before_the_refiner_is_loaded_if_both_do_not_fit(
 
 
 def test_nothing_is_released_where_weights_have_no_other_place(base, refiner, monkeypatch, last_lines):
-    monkeypatch.setattr(hosted.engine("machine"), "has_room", lambda *args: False)
+    monkeypatch.setattr(hosted.engine("host.machine"), "has_room", lambda *args: False)
     hand_over(base, refiner)
     assert base.model in loaded()
     assert last_lines("9") == [("active", "4 + 2 steps, handed over at timestep 200")]
@@ -564,13 +564,13 @@ def test_nothing_is_released_where_weights_have_no_other_place(base, refiner, mo
 
 def test_two_models_of_the_same_weights_are_not_released(on_gpu, monkeypatch, last_lines):
     base, _ = on_gpu
-    monkeypatch.setattr(hosted.engine("machine"), "has_room", lambda *args: False)
+    monkeypatch.setattr(hosted.engine("host.machine"), "has_room", lambda *args: False)
     hand_over(base, base.clone())
     assert last_lines("9") == [("active", "4 + 2 steps, handed over at timestep 200")]
 
 
 def test_there_is_room_for_the_weights_that_are_not_loaded_yet_and_the_sampling(refiner, monkeypatch):
-    host, has_room = comfy.model_management, hosted.engine("machine").has_room
+    host, has_room = comfy.model_management, hosted.engine("host.machine").has_room
     shape = torch.Size((1, 4, 128, 128))
     needed = max(host.minimum_inference_memory(), refiner.memory_required([2, 4, 128, 128]))
     for loaded in (0, refiner.model_size()):

@@ -327,7 +327,7 @@ def test_on_the_cpu_alone_it_says_that_there_is_nothing_to_do(last_lines):
 
 
 def test_under_dynamic_vram_it_passes_through_and_says_what_the_run_took(model, last_lines, monkeypatch):
-    machine = hosted.engine("machine")
+    machine = hosted.engine("host.machine")
     monkeypatch.setattr(machine, "is_dynamic", lambda patcher: True)
     in_use = itertools.chain([100 * MIB, 700 * MIB], itertools.repeat(300 * MIB))
     monkeypatch.setattr(machine, "device_memory", lambda device: (lambda: next(in_use), "of the device", True))
@@ -349,7 +349,7 @@ def test_a_device_that_stops_telling_costs_no_image(model, last_lines, monkeypat
         return 100 * MIB
 
     reads = []
-    monkeypatch.setattr(hosted.engine("machine"), "device_memory", lambda device: (broken, "of the device", True))
+    monkeypatch.setattr(hosted.engine("host.machine"), "device_memory", lambda device: (broken, "of the device", True))
     sample(offload(model))
     ((state, text),) = last_lines("1")
     assert state == "active"

@@ -19,9 +19,9 @@ import comfy.sampler_helpers
 import psutil
 import torch
 
-from ..measuring.memory import MIB, PeakMemory
+from ...measuring.memory import MIB, PeakMemory
 
-PACK = Path(__file__).resolve().parents[2]
+PACK = Path(__file__).resolve().parents[3]
 
 
 def describe(device: torch.device) -> dict[str, Any]:

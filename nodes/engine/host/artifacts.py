@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, runtime_checkable
 
-from ..methods.method import Found
+from ...methods.method import Found
 
 ATTACHMENT = "slipstream.artifacts"
 ORPHANED_S = 60.0

@@ -1,0 +1,1 @@
+"""The machine, and what outlives a run on it."""
