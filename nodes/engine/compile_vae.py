@@ -14,9 +14,10 @@ from ..compiling import backends
 from ..compiling.settings import Settings
 from ..compiling.tally import Tally
 from ..methods.method import State
-from . import attention, stages, verdicts
+from . import stages, verdicts
 from .host import machine
 from .host.artifacts import Keeper
+from .model import attention
 from .node import node_of
 from .plan.plan import Node
 

@@ -68,7 +68,7 @@ def close(image: torch.Tensor, expected: torch.Tensor) -> bool:
 def tallies(monkeypatch):
     """Those of the runs that follow, in order."""
     tallies = []
-    compile_unet = hosted.engine("compile_unet")
+    compile_unet = hosted.engine("model.compile_unet")
     init = compile_unet.UNetCompiling.__init__
 
     def recording(self, *args):

@@ -60,7 +60,7 @@ def made(monkeypatch):
 @pytest.fixture
 def room(monkeypatch):
     """Sets the bytes that filters may take."""
-    convolutions = hosted.engine("convolutions")
+    convolutions = hosted.engine("model.convolutions")
     return lambda size: monkeypatch.setattr(convolutions, "room", lambda: size)
 
 
@@ -191,7 +191,7 @@ def test_where_there_is_memory_for_some_filters_they_are_the_same_in_each_run(mo
         last = sample(faster(other, "2", winograd=winograd))
     assert torch.equal(last, first)
     assert torch.equal(sample(faster(model)), first)
-    kept = sum(derived.size for derived in hosted.engine("convolutions")._all)
+    kept = sum(derived.size for derived in hosted.engine("model.convolutions")._all)
     assert 0 < kept <= sum(sizes) // 2
 
 
@@ -219,7 +219,7 @@ def test_the_convolutions_are_the_hosts_again_after_each_call(end, model):
 
 
 def test_where_gradients_are_wanted_the_hosts_own_runs(model):
-    convolution = hosted.engine("convolutions")._convolution
+    convolution = hosted.engine("model.convolutions")._convolution
     x, weight = torch.randn(1, 4, 8, 8), torch.randn(2, 4, 3, 3, requires_grad=True)
     convolution(x, weight, None).sum().backward()
     assert weight.grad is not None

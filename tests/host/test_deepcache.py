@@ -43,7 +43,7 @@ def call(patcher, control=None, patches=None, seed=0):
     options = {"patches": patches or {}, "cond_or_uncond": [1, 0], "uuids": ["a", "b"]}
     # As a wrapper gets it: standing at itself, the host's forward next.
     executor = WrapperExecutor.new_class_executor(unet._forward, unet, [None])
-    return hosted.engine("unet").HostUNetCall(
+    return hosted.engine("model.unet").HostUNetCall(
         executor, x, torch.tensor([500.0, 500.0]), context, y, control, options, {}, torch.Size((1, 4, 16, 16)), {}
     )
 

@@ -259,7 +259,7 @@ def test_nothing_to_quantize_is_said_and_leaves_the_image(model, last_lines):
 @pytest.fixture
 def own_memory(monkeypatch):
     """The CPU as a device with memory of its own, and a model that the host can load in part."""
-    quantized = hosted.engine("quantized")
+    quantized = hosted.engine("model.quantized")
     monkeypatch.setattr(quantized, "has_own_memory", lambda device: True)
     monkeypatch.setattr(quantized, "OFFLOADED_AT_ONCE", 1)
 

@@ -18,7 +18,7 @@ import torch
 from comfy.ldm.modules import attention as host
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
 
-from ..methods.method import Attention
+from ...methods.method import Attention
 
 Kinds = tuple[str, ...]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..methods.method import Attention, Made, Quantized, Quantizer
+from ...methods.method import Attention, Made, Quantized, Quantizer
+from ..host import artifacts
+from ..plan import models
 from . import attention
-from .host import artifacts
-from .plan import models
 from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..methods.method import Found, MethodRun
+from ...methods.method import Found, MethodRun
+from ..host import artifacts, machine
+from ..plan import models
 from .attention import NAMESPACE
-from .host import artifacts, machine
-from .plan import models
 
 _now = threading.local()
 

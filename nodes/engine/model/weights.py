@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules import attention as host
 from torch import nn
 
-from ..methods.method import Made
+from ...methods.method import Made
 
 
 def kept_as_is(module: nn.Module, device: torch.device) -> str | None:

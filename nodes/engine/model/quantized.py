@@ -13,8 +13,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import nn
 
-from ..methods.method import Quantized, Quantizer
-from .plan import models
+from ...methods.method import Quantized, Quantizer
+from ..plan import models
 
 if TYPE_CHECKING:
     from .model_call import HostModel

@@ -12,13 +12,13 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch import nn
 
-from ..compiling import backends
-from ..compiling.functions import STEADY_CALLS, Announce, Compiler
-from ..compiling.settings import Settings
-from ..compiling.tally import Tally
+from ...compiling import backends
+from ...compiling.functions import STEADY_CALLS, Announce, Compiler
+from ...compiling.settings import Settings
+from ...compiling.tally import Tally
+from ..host import machine
+from ..host.artifacts import Keeper
 from . import attention
-from .host import machine
-from .host.artifacts import Keeper
 from .unet import HostUNetCall, capturing, outer_blocks
 
 Forward = Callable[..., torch.Tensor]
