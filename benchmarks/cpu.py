@@ -50,7 +50,7 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
     import hosted
     import torch
 
-    machine, sampling = hosted.engine("host.machine"), hosted.engine("sampling")
+    machine, sampling = hosted.engine("host.machine"), hosted.engine("run.sampling")
     latent = torch.zeros(1, 4, size // 8, size // 8)
     prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
 

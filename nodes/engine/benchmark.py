@@ -39,8 +39,8 @@ from .node import node_of
 from .plan import models
 from .plan.plan import Entry, Plan, plan_of
 from .plan.record import outcome
-from .probe import Probe, compiled
-from .sampling import Audience, with_plan
+from .run.probe import Probe, compiled
+from .run.sampling import Audience, with_plan
 
 ABLATIONS = ("off", "each alone", "leave one out")
 FOLDER = "slipstream"

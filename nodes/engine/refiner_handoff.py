@@ -24,7 +24,7 @@ from .node import node_of, option
 from .plan import models
 from .plan.plan import plan_of
 from .plan.record import outcome
-from .sampling import AUDIENCE, Audience
+from .run.sampling import AUDIENCE, Audience
 
 STEM = "refiner_handoff"
 MODES = {"ensemble": Ensemble, "image to image": ImageToImage}

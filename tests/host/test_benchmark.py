@@ -480,7 +480,7 @@ def test_an_interrupt_between_two_runs_is_seen(model, benchmark, kept, monkeypat
 def test_nothing_of_a_benchmark_stays_on_the_models_or_alive(model, benchmark, monkeypatch):
     candidate = carrying(model, *ON)
     alive = weakref.WeakSet()
-    probe = hosted.engine("probe").Probe
+    probe = hosted.engine("run.probe").Probe
     real = probe.on
 
     def on(self, *args):

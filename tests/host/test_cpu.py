@@ -256,7 +256,7 @@ def test_a_compiled_run_counts_as_many(model, last_lines):
 
 
 def test_a_node_of_its_own_wins_and_this_one_says_so(model, last_lines):
-    plan, sampling = hosted.engine("plan.plan"), hosted.engine("sampling")
+    plan, sampling = hosted.engine("plan.plan"), hosted.engine("run.sampling")
     explicit = plan.Entry(hosted.method("winograd").Winograd("F(2x2)"), (plan.Node("9", "SlipstreamOther"),))
     expected = sample(faster(model, winograd="F(2x2)"))
     before = sampling.with_plan(model, plan.Plan().adding(explicit))

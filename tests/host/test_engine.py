@@ -163,7 +163,7 @@ def test_an_explicit_node_wins_over_a_suggestion_wherever_it_is_wired(model):
 
 
 def test_suggestions_that_differ_are_refused_in_the_run_unless_a_node_is_explicit(model, last_lines):
-    plan, sampling = hosted.engine("plan.plan"), hosted.engine("sampling")
+    plan, sampling = hosted.engine("plan.plan"), hosted.engine("run.sampling")
     config = hosted.method("cfg_cutoff").CFGCutoff
     some = plan.Plan()
     for node, cutoff in (("2", 0.75), ("3", 0.6)):
@@ -313,7 +313,7 @@ def test_a_second_copy_of_the_wrapper_does_not_start_a_second_engine(model):
     carrying = wire(model, "SlipstreamFreeU")
     expected = sample(carrying)
     doubled = carrying.clone()
-    doubled.add_wrapper_with_key("outer_sample", "somebody", hosted.engine("sampling").outer_sample)
+    doubled.add_wrapper_with_key("outer_sample", "somebody", hosted.engine("run.sampling").outer_sample)
     assert torch.equal(sample(doubled), expected)
 
 

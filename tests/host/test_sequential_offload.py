@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from hosted import CPU, PlantedError, add_lora, prompt, run_node
 
-budgets = hosted.engine("budget")
+budgets = hosted.engine("run.budget")
 
 MIB = 1024 * 1024
 GPU = torch.device("cpu", 0)

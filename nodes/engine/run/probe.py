@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..methods.method import Steps
-from .host.machine import clock
-from .plan.record import StepClock
+from ...methods.method import Steps
+from ..host.machine import clock
+from ..plan.record import StepClock
 from .sampling import AUDIENCE, Audience
 
 KEY = "slipstream.probe"

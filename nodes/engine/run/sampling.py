@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..methods.method import Evaluation, MethodRun, Run, State, Steps
-from . import budget, history, metadata, verdicts
+from ...methods.method import Evaluation, MethodRun, Run, State, Steps
+from .. import history, metadata, verdicts
+from ..host import artifacts, machine
+from ..plan import models
+from ..plan.plan import KEY, Entry, Plan, plan_of
+from ..plan.record import Record
+from . import budget
 from .guidance import HostGuidance
-from .host import artifacts, machine
-from .plan import models
-from .plan.plan import KEY, Entry, Plan, plan_of
-from .plan.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class SamplingRun:
 
     def _compile(self, config: Any, method: MethodRun) -> None:
         # Here, since it needs torch's compiler and more of the host's internals than the rest.
-        from .model.compile_unet import UNetCompiling
+        from ..model.compile_unet import UNetCompiling
 
         # Graphs made with the operation for convolutions in them are others than those without.
         has_operations = self.convolutions is not None
@@ -208,7 +209,7 @@ class SamplingRun:
 
     def _convolve(self, method: MethodRun) -> None:
         # Here, for the same reason.
-        from .model.convolutions import Convolutions
+        from ..model.convolutions import Convolutions
 
         self.convolutions = Convolutions(method, self.guider.model_patcher, self._keeper())
 
@@ -313,7 +314,7 @@ class SamplingRun:
         host_model = self._host_model(executor.class_obj)
         if host_model is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        from .model.model_call import HostModelCall
+        from ..model.model_call import HostModelCall
 
         call = HostModelCall(host_model, options)
         run = lambda: executor(x, t, c_concat, c_crossattn, control, call.options, **kwargs)  # noqa: E731
@@ -330,7 +331,7 @@ class SamplingRun:
         if not any(model is patcher.model for patcher in patchers):
             return None
         # Here, since it uses more of the host's internals than the rest: if they change, these methods alone fail.
-        from .model.model_call import HostModel
+        from ..model.model_call import HostModel
 
         with self.lock:
             if id(model) not in self.host_models:
@@ -347,7 +348,7 @@ class SamplingRun:
         if evaluation is None or not models.is_image_unet(executor.class_obj):
             return executor(x, timesteps, context, y, control, options, **kwargs)
         # Here, since it uses more of the host's internals than the rest: if they change, this method alone fails.
-        from .model.unet import HostUNetCall
+        from ..model.unet import HostUNetCall
 
         with self.lock:
             call: Any = HostUNetCall(

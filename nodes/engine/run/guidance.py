@@ -12,7 +12,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .plan.plan import KEY
+from ..plan.plan import KEY
 
 
 @dataclass(frozen=True)

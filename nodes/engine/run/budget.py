@@ -13,10 +13,10 @@ from typing import Any
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
-from ..measuring.memory import MIB, PeakMemory
-from ..methods.method import Loaded
-from .host import machine
-from .plan.plan import plan_of
+from ...measuring.memory import MIB, PeakMemory
+from ...methods.method import Loaded
+from ..host import machine
+from ..plan.plan import plan_of
 
 NEXT_TO_NOTHING = 0.1
 """Bytes. The host takes a budget of 0 for none at all, and loads everything."""

@@ -1,0 +1,1 @@
+"""One sampling run: its methods, its guidance, its budget, and what watches it."""
