@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import backend_options, node_schema
-from .engine.compile_vae import CompileVAE, compiled
+from .engine.vae.compile_vae import CompileVAE, compiled
 
 
 class SlipstreamCompileVAE(io.ComfyNode):

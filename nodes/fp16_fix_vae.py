@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import node_schema, option
-from .engine.fp16_fix_vae import METHODS, PRECISIONS, FP16Fix, fixed
+from .engine.vae.fp16_fix_vae import METHODS, PRECISIONS, FP16Fix, fixed
 
 
 class SlipstreamFP16FixVAE(io.ComfyNode):

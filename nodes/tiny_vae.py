@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import node_schema, option
-from .engine.tiny_vae import choices, tiny
+from .engine.vae.tiny_vae import choices, tiny
 
 
 class SlipstreamTinyVAE(io.ComfyNode):

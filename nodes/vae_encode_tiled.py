@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import node_schema
-from .engine.tiled_vae import encode, tile_options
+from .engine.vae.tiled_vae import encode, tile_options
 
 
 class SlipstreamVAEEncodeTiled(io.ComfyNode):

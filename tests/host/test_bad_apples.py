@@ -124,7 +124,7 @@ def test_nodes_that_fail_for_one_reason_are_told_in_one_line(loaded, monkeypatch
     bad = ("tiled_vae", "vae_decode_tiled", "vae_encode_tiled")
     for name in bad:
         monkeypatch.delitem(sys.modules, f"{PACK}.nodes.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, f"{PACK}.nodes.engine.tiled_vae", None)
+    monkeypatch.setitem(sys.modules, f"{PACK}.nodes.engine.vae.tiled_vae", None)
     nodes, (line,) = loaded()
     assert nodes == [name for name in NODES if "Tiled" not in name]
     assert "SlipstreamVAEDecodeTiled, SlipstreamVAEEncodeTiled: " in line

@@ -19,8 +19,8 @@ import nodes as host_nodes
 FULL = {**small_models.KL, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 """SD's and SDXL's."""
 
-engine = hosted.engine("fp16_fix_vae")
-stages = hosted.engine("stages")
+engine = hosted.engine("vae.fp16_fix_vae")
+stages = hosted.engine("vae.stages")
 
 
 def fix(vae, node_id="7", precision="fp16", method="rescale"):

@@ -246,7 +246,7 @@ def test_memory_that_runs_out_beside_the_tiles_makes_no_tiles_of_tiles(kl, last_
 
 
 def test_where_the_host_does_not_trust_torchs_attention(kl, monkeypatch):
-    part = engine("tiled_vae")
+    part = engine("vae.tiled_vae")
     monkeypatch.setattr(comfy.model_management, "pytorch_attention_enabled_vae", lambda: False)
     monkeypatch.setattr(comfy.model_management, "xformers_enabled_vae", lambda: False)
     called = []
@@ -453,7 +453,7 @@ def test_other_errors_are_no_lack_of_memory(kl, monkeypatch):
 
 @pytest.mark.parametrize(("suffices_for", "side"), [(1024, 1024), (768, 768), (512, 512), (256, 256), (64, 256)])
 def test_tiles_are_what_fits_the_free_memory(kl, monkeypatch, last_lines, suffices_for, side):
-    part, tiler = engine("tiled_vae"), method("tiled_vae").Tiler
+    part, tiler = engine("vae.tiled_vae"), method("tiled_vae").Tiler
     network = method("tiled_vae").decoder_network(kl.first_stage_model.decoder)
     needed = part.MARGIN * 4 * network.on_device(method("tiled_vae").Region(0, 0, 1024, 1024), suffices_for, "exact")
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: needed / part.SHARE * 1.01)
@@ -479,8 +479,8 @@ def test_the_host_is_asked_for_what_tiles_need(kl, monkeypatch):
 
 
 def test_ram_that_does_not_suffice_is_told_before_it_is_taken(kl, monkeypatch):
-    memory = engine("tiled_vae").psutil.virtual_memory()._replace(available=2**20)
-    monkeypatch.setattr(engine("tiled_vae").psutil, "virtual_memory", lambda: memory)
+    memory = engine("vae.tiled_vae").psutil.virtual_memory()._replace(available=2**20)
+    monkeypatch.setattr(engine("vae.tiled_vae").psutil, "virtual_memory", lambda: memory)
     with pytest.raises(RuntimeError, match=r"feature maps of \d+ MiB wait in RAM, of which 1 MiB are free. Set stat"):
         decode(kl, latent(32, 32), tile_size=64)
 

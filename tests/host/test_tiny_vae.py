@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from test_compile_vae import compile_vae
 from tiling import Accounting
 
-stages = hosted.engine("stages")
+stages = hosted.engine("vae.stages")
 
 has_flux2 = pytest.mark.skipif(
     not hasattr(comfy.taesd.taesd, "DecoderFlux2"), reason="this host has no tiny VAE for Flux 2"

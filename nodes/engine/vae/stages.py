@@ -19,11 +19,11 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..methods.method import State
-from . import verdicts
-from .host import machine
-from .plan.plan import Node
-from .plan.record import Record
+from ...methods.method import State
+from .. import verdicts
+from ..host import machine
+from ..plan.plan import Node
+from ..plan.record import Record
 
 HOSTS_BOOKS = ("dynamic_pins", "dynamic_vbars", "dynamic_patchers")
 """What DynamicVRAM keeps on a module, by device: memory that is not the module's own."""

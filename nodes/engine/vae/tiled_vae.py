@@ -25,8 +25,8 @@ from comfy.ldm.modules.diffusionmodules.model import Decoder, Downsample, Encode
 from comfy_api.latest import io
 from torch import nn
 
-from ..measuring.memory import MIB, Peak
-from ..methods.tiled_vae import (
+from ...measuring.memory import MIB, Peak
+from ...methods.tiled_vae import (
     SMALLEST,
     STATISTICS,
     Network,
@@ -38,12 +38,13 @@ from ..methods.tiled_vae import (
     decoder_network,
     encoder_network,
 )
-from . import stages, verdicts
+from .. import verdicts
+from ..host import machine
+from ..node import node_of, option
+from ..plan.record import outcome
+from . import stages
 from .compile_vae import CompiledStage
 from .fp16_fix_vae import InFloat32
-from .host import machine
-from .node import node_of, option
-from .plan.record import outcome
 
 _numbers = itertools.count(1)
 

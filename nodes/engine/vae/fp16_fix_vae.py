@@ -18,8 +18,8 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..measuring.memory import MIB
-from ..methods.fp16_fix import (
+from ...measuring.memory import MIB
+from ...methods.fp16_fix import (
     LARGEST,
     METHODS,
     PRECISIONS,
@@ -31,11 +31,12 @@ from ..methods.fp16_fix import (
     scaling_of,
     watching,
 )
-from ..methods.method import State
-from . import stages, verdicts
-from .host import machine
-from .node import node_of
-from .plan.plan import Node
+from ...methods.method import State
+from .. import verdicts
+from ..host import machine
+from ..node import node_of
+from ..plan.plan import Node
+from . import stages
 
 __all__ = ["METHODS", "PRECISIONS", "FP16Fix", "fixed"]
 

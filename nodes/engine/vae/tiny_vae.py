@@ -18,11 +18,12 @@ from comfy_api.latest import io
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..measuring.memory import MIB
-from ..methods.method import State
-from . import stages, verdicts
-from .node import node_of
-from .plan.plan import Node
+from ...measuring.memory import MIB
+from ...methods.method import State
+from .. import verdicts
+from ..node import node_of
+from ..plan.plan import Node
+from . import stages
 
 TITLE = "Tiny VAE"
 FOLDER = "vae_approx"

@@ -10,19 +10,20 @@ import torch
 from comfy_api.latest import io
 from torch import nn
 
-from ..compiling import backends
-from ..compiling.settings import Settings
-from ..compiling.tally import Tally
-from ..methods.method import State
-from . import stages, verdicts
-from .host import machine
-from .host.artifacts import Keeper
-from .model import attention
-from .node import node_of
-from .plan.plan import Node
+from ...compiling import backends
+from ...compiling.settings import Settings
+from ...compiling.tally import Tally
+from ...methods.method import State
+from .. import verdicts
+from ..host import machine
+from ..host.artifacts import Keeper
+from ..model import attention
+from ..node import node_of
+from ..plan.plan import Node
+from . import stages
 
 if TYPE_CHECKING:
-    from ..compiling.functions import Compiler
+    from ...compiling.functions import Compiler
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class CompiledStage(stages.Stage):
         self, name: str, function: Callable[..., torch.Tensor], values: torch.Tensor, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         # Not at the top: dynamo imports Triton, and a Triton that is broken must not take other VAE nodes down.
-        from ..compiling.functions import Compiler
+        from ...compiling.functions import Compiler
 
         key = (self.settings, self._backend.name)
         compiler: Compiler = self._keeper.get(self._stage, key, lambda: Compiler(self.settings, self._backend))
