@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     chosen = {name: patcher for name, patcher in variants(model).items() if name in (arguments.only or [name])}
     figures: dict[str, Any] = {}
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     image(model)  # the process's own first time
     expected = {}
     with ExitStack() as caches:

@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from slipstream_pack.nodes.measuring.fidelity import compare
     from torch._inductor.utils import fresh_cache
 
-    machine, verdicts = hosted.engine("host.machine"), hosted.engine("verdicts")
+    machine, verdicts = hosted.engine("host.machine"), hosted.engine("telling.verdicts")
     model = transformer_heavy(arguments.width, arguments.depth)
     device = model.load_device
     latent = hosted.latent(model, arguments.size // 8)

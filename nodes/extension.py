@@ -34,8 +34,8 @@ class SlipstreamExtension(ComfyExtension):
             logger.error("Slipstream: could not load, and leaves out, %s: %s", ", ".join(names), reason)
         # Not in `on_load`, which hosts as old as 0.8 do not call.
         for file, start, lost in (
-            ("verdicts", "add_routes", "verdicts cannot be served again after a reload"),
-            ("metadata", "listen", "saved images will not tell what made them"),
+            ("telling.verdicts", "add_routes", "verdicts cannot be served again after a reload"),
+            ("telling.metadata", "listen", "saved images will not tell what made them"),
         ):
             try:
                 getattr(importlib.import_module(f".engine.{file}", __package__), start)()

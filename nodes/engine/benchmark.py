@@ -31,7 +31,6 @@ from PIL import Image
 from ..measuring.fidelity import amplified_difference, compare
 from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
-from . import verdicts
 from .host import machine
 from .host.machine import clock
 from .latents import as_sampled
@@ -41,6 +40,7 @@ from .plan.plan import Entry, Plan, plan_of
 from .plan.record import outcome
 from .run.probe import Probe, compiled
 from .run.sampling import Audience, with_plan
+from .telling import verdicts
 
 ABLATIONS = ("off", "each alone", "leave one out")
 FOLDER = "slipstream"

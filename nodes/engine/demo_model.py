@@ -25,10 +25,10 @@ from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import verdicts
 from .host import machine
 from .node import node_of, supported
 from .plan.plan import Node
+from .telling import verdicts
 
 logger = logging.getLogger(__name__)
 

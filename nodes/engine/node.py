@@ -12,11 +12,11 @@ from comfy_api.latest import io
 
 from ..compiling.settings import DYNAMIC, MODES, SCOPES
 from ..methods.method import Configuration
-from . import verdicts
 from .host import machine
 from .plan import models
 from .plan.plan import Entry, Node, plan_of
 from .run import sampling
+from .telling import verdicts
 
 
 def supported(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from comfy_api.latest import io
 
 from ..methods.method import State
 from ..methods.refiner_handoff import SPLITS, TITLE, Ensemble, ImageToImage
-from . import latents, metadata, verdicts
+from . import latents
 from .host import machine
 from .node import node_of, option
 from .plan import models
 from .plan.plan import plan_of
 from .plan.record import outcome
 from .run.sampling import AUDIENCE, Audience
+from .telling import metadata, verdicts
 
 STEM = "refiner_handoff"
 MODES = {"ensemble": Ensemble, "image to image": ImageToImage}

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import verdicts
-from .history import LastRun, last_runs
 from .node import node_of
 from .plan.plan import Plan, plan_of
+from .telling import verdicts
+from .telling.history import LastRun, last_runs
 
 
 def show_last_run(node: type[io.ComfyNode], model: Any) -> io.NodeOutput:

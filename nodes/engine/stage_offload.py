@@ -12,9 +12,9 @@ from comfy_api.latest import io
 
 from ..measuring.memory import MIB
 from ..methods.method import State
-from . import verdicts
 from .host import machine
 from .node import node_of
+from .telling import verdicts
 
 TEXT_ENCODERS, DIFFUSION_MODELS, ALL_BUT = "text encoders", "diffusion models", "all but the input's"
 STAGES = (TEXT_ENCODERS, DIFFUSION_MODELS, ALL_BUT)

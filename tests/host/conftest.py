@@ -34,7 +34,7 @@ def model(request):
 @pytest.fixture
 def last_lines():
     """What a node says now of what became of its methods, by node id: [(state, text), ...]."""
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     verdicts._kept.clear()
 
     def lines(node_id: str) -> list[tuple[str, str]]:

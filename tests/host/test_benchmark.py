@@ -69,7 +69,7 @@ def benchmark(folders):
 @pytest.fixture
 def kept(last_lines):
     """The verdict that the page shows on the node, with its report."""
-    return lambda: hosted.engine("verdicts")._kept[(None, "9")]
+    return lambda: hosted.engine("telling.verdicts")._kept[(None, "9")]
 
 
 def report_of(output):
@@ -229,7 +229,7 @@ def test_the_nodes_show_the_candidates_run_once(model, benchmark, last_lines):
 
 
 def test_a_baseline_with_methods_of_its_own_has_its_own_line_on_their_nodes(model, benchmark, last_lines, monkeypatch):
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     monkeypatch.setattr(verdicts, "current_prompt", lambda: verdicts.Prompt("prompt", None, "9"))
     baseline = carrying(model, "SlipstreamDeepCache")
     benchmark(baseline, run_node("SlipstreamFreeU", baseline, "5", preset="SD 1.5"))
@@ -568,7 +568,7 @@ def test_the_progress_bar_covers_all_runs(model, benchmark, monkeypatch):
 
 
 def test_the_page_is_told_after_every_run(model, benchmark, monkeypatch):
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     told, real = [], verdicts.publish
     monkeypatch.setattr(
         verdicts,

@@ -440,7 +440,7 @@ def test_nothing_of_dynamos_settings_is_left_changed(tiniest):
 
 def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     told = []
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     monkeypatch.setattr(
         verdicts, "publish", lambda where, node, line, *_: told.append((node.id, line.state, line.text))
     )

@@ -369,7 +369,7 @@ def run_as_prompt(monkeypatch):
             send_progress_text=lambda text, node, client: sent.append((text, node, client)),
         )
         monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
-        verdicts = hosted.engine("verdicts")
+        verdicts = hosted.engine("telling.verdicts")
         verdicts._kept.clear()
         with CurrentNodeContext("p", "3"):
             sample(patcher)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import nodes as host_nodes
 
-metadata = hosted.engine("metadata")
+metadata = hosted.engine("telling.metadata")
 numbers = itertools.count()
 
 
@@ -301,7 +301,7 @@ def test_it_holds_no_prompt_that_the_host_let_go_and_no_more_runs_than_it_says(h
 
 
 def test_a_node_that_another_one_expanded_into_is_told_as_that_one(host):
-    where = hosted.engine("verdicts").Prompt("a prompt", None, "3.0.0.5", None, graph())
+    where = hosted.engine("telling.verdicts").Prompt("a prompt", None, "3.0.0.5", None, graph())
     (handler,) = host.server.on_prompt_handlers
     info = handler({"prompt": graph(), "extra_data": {"extra_pnginfo": {}}})["extra_data"]["extra_pnginfo"]
     metadata.keep(where, "one", 3, [])

@@ -30,7 +30,7 @@ def settings(patcher):
 @pytest.fixture
 def told():
     """What a node says of itself."""
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     verdicts._kept.clear()
     return lambda node_id="1": verdicts._kept[(None, node_id)].lines[verdicts.TOLD]["text"]
 
@@ -115,7 +115,7 @@ def test_a_run(model, told, last_lines, no_measuring):
 
 def test_the_list_stays_above_what_became_of_each_also_where_the_node_is_cached(model, monkeypatch):
     """A second prompt, in which the node does not execute."""
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     verdicts._kept.clear()
     sent, running = [], []
     queue = SimpleNamespace(get_current_queue_volatile=lambda: (running, []))

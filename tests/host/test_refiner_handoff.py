@@ -433,7 +433,7 @@ def test_a_latent_that_is_not_finite_stops_there_naming_the_model(base, refiner)
 
 
 def test_plans_of_both_models_apply_and_are_told_apart(base, refiner, last_lines, monkeypatch):
-    verdicts = hosted.engine("verdicts")
+    verdicts = hosted.engine("telling.verdicts")
     monkeypatch.setattr(verdicts, "current_prompt", lambda: verdicts.Prompt("prompt", None, "9"))
     first = run_node("SlipstreamDeepCache", base, "1", cache_interval=2)
     second = run_node("SlipstreamCFGCutoff", refiner, "2", cutoff=0.5)
@@ -458,10 +458,13 @@ def test_every_method_works_on_either_model(name, base, refiner, last_lines):
 
 
 def test_one_plan_on_both_has_a_line_and_a_report_for_each(base):
-    hosted.engine("history")._kept.clear()
+    hosted.engine("telling.history")._kept.clear()
     model = run_node("SlipstreamDeepCache", base, "1", cache_interval=2)
     hand_over(model, model, mode={"handoff": 0.5})
-    assert [run.sampler for run in hosted.engine("history")._kept.values()] == ["node None, base", "node None, refiner"]
+    assert [run.sampler for run in hosted.engine("telling.history")._kept.values()] == [
+        "node None, base",
+        "node None, refiner",
+    ]
 
 
 def test_a_lora_on_one_of_two_models_that_share_their_weights(base):

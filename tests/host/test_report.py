@@ -11,8 +11,8 @@ from hosted import execute, latent, run_node, sample
 @pytest.fixture
 def verdicts(monkeypatch):
     """The engine's verdicts, in a prompt of their own."""
-    module = hosted.engine("verdicts")
-    hosted.engine("history")._kept.clear()
+    module = hosted.engine("telling.verdicts")
+    hosted.engine("telling.history")._kept.clear()
     graph = {"3": {"class_type": "KSampler", "inputs": {}}}
     module.here = module.Prompt("first", "workflow", "3", None, graph)
     monkeypatch.setattr(module, "current_prompt", lambda: module.here)
@@ -40,7 +40,7 @@ def test_it_tells_time_steps_and_each_verdict(model, verdicts):
 def test_steps_add_up_to_the_run(model, verdicts):
     model = run_node("SlipstreamFreeU", model)
     sample(model, sampler="heun", steps=5)
-    record = next(iter(hosted.engine("history")._kept.values())).record
+    record = next(iter(hosted.engine("telling.history")._kept.values())).record
     assert len(record["step_s"]) == 5
     assert sum(record["step_s"]) <= record["elapsed_s"]
     assert record["elapsed_s"] - sum(record["step_s"]) < 0.5 * record["elapsed_s"]

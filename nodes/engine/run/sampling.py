@@ -21,11 +21,11 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...methods.method import Evaluation, MethodRun, Run, State, Steps
-from .. import history, metadata, verdicts
 from ..host import artifacts, machine
 from ..plan import models
 from ..plan.plan import KEY, Entry, Plan, plan_of
 from ..plan.record import Record
+from ..telling import history, metadata, verdicts
 from . import budget
 from .guidance import HostGuidance
 

@@ -14,12 +14,12 @@ from ...compiling import backends
 from ...compiling.settings import Settings
 from ...compiling.tally import Tally
 from ...methods.method import State
-from .. import verdicts
 from ..host import machine
 from ..host.artifacts import Keeper
 from ..model import attention
 from ..node import node_of
 from ..plan.plan import Node
+from ..telling import verdicts
 from . import stages
 
 if TYPE_CHECKING:

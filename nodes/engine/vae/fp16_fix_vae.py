@@ -32,10 +32,10 @@ from ...methods.fp16_fix import (
     watching,
 )
 from ...methods.method import State
-from .. import verdicts
 from ..host import machine
 from ..node import node_of
 from ..plan.plan import Node
+from ..telling import verdicts
 from . import stages
 
 __all__ = ["METHODS", "PRECISIONS", "FP16Fix", "fixed"]

@@ -20,10 +20,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...methods.method import State
-from .. import verdicts
 from ..host import machine
 from ..plan.plan import Node
 from ..plan.record import Record
+from ..telling import verdicts
 
 HOSTS_BOOKS = ("dynamic_pins", "dynamic_vbars", "dynamic_patchers")
 """What DynamicVRAM keeps on a module, by device: memory that is not the module's own."""

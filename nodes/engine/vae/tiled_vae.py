@@ -38,10 +38,10 @@ from ...methods.tiled_vae import (
     decoder_network,
     encoder_network,
 )
-from .. import verdicts
 from ..host import machine
 from ..node import node_of, option
 from ..plan.record import outcome
+from ..telling import verdicts
 from . import stages
 from .compile_vae import CompiledStage
 from .fp16_fix_vae import InFloat32

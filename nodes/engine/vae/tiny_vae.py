@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...measuring.memory import MIB
 from ...methods.method import State
-from .. import verdicts
 from ..node import node_of
 from ..plan.plan import Node
+from ..telling import verdicts
 from . import stages
 
 TITLE = "Tiny VAE"

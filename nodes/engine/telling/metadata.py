@@ -22,9 +22,9 @@ from weakref import WeakValueDictionary
 
 from comfy_execution.graph_utils import is_link
 
+from ..host import machine
+from ..plan.plan import KEY
 from . import verdicts
-from .host import machine
-from .plan.plan import KEY
 
 logger = logging.getLogger(__name__)
 

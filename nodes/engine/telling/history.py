@@ -7,9 +7,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from ..plan.plan import Entry, Plan
+from ..plan.record import Record
 from . import verdicts
-from .plan.plan import Entry, Plan
-from .plan.record import Record
 
 KEPT = 100
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from comfy_execution.utils import get_executing_context
 
-from ..methods.method import State
-from .plan.plan import Node
-from .plan.record import Record
+from ...methods.method import State
+from ..plan.plan import Node
+from ..plan.record import Record
 
 logger = logging.getLogger(__name__)
 

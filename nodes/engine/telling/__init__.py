@@ -1,0 +1,1 @@
+"""What is told: verdicts on the nodes, the last runs, the metadata of images."""
