@@ -126,7 +126,7 @@ class HostModelCall:
                 kept = host.keeper.get(host.module, ("quantize", quantizer), QuantizedWeights)
             else:
                 kept = QuantizedWeights()
-            return QuantizedLayers(host, quantizer, dtype, kept)
+            return QuantizedLayers(host.patcher, host.paths, host.hooked, quantizer, dtype, kept)
 
         layers = host.once((QuantizedLayers, quantizer, dtype), make)
         with layers.installed():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.ops
 import torch
@@ -15,9 +15,6 @@ from torch import nn
 
 from ...methods.method import Quantized, Quantizer
 from ..plan import models
-
-if TYPE_CHECKING:
-    from .model_call import HostModel
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
 """What has a layer of the host's use its weights as they are."""
@@ -73,46 +70,60 @@ class QuantizedLayers:
     """The linear layers of a model in one run.
 
     Args:
-        host: the model, its weights loaded and patched.
+        patcher: that of the model, whose weights are loaded and patched.
+        paths: the model's modules, as they are between calls, with their paths.
+        hooked: the paths of the weights that hooks may patch between two calls.
         quantizer: which layers, and how.
         dtype: what the model computes in.
         kept: holds what earlier runs made.
     """
 
-    def __init__(self, host: HostModel, quantizer: Quantizer, dtype: torch.dtype, kept: QuantizedWeights):
+    def __init__(
+        self,
+        patcher: Any,
+        paths: Mapping[nn.Module, str],
+        hooked: Set[str],
+        quantizer: Quantizer,
+        dtype: torch.dtype,
+        kept: QuantizedWeights,
+    ):
         self.made = Quantized()
-        self._host = host
+        self._patcher = patcher
+        self._paths = paths
+        self._hooked = hooked
+        self._device: torch.device = patcher.load_device
         self._quantizer = quantizer
         self._dtype = dtype
         self._is_installed = False
         self._layers = list(self._chosen())
         # Another method may have cast some of them for this call.
         dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
-        self._kept = kept.of((models.weights_version(host.patcher), dtype, dtypes, host.device))
+        self._kept = kept.of((models.weights_version(patcher), dtype, dtypes, self._device))
         self.made.modules = len(self._layers)
         self.made.hooked = sum(layer.is_hooked for layer in self._layers)
         self._quantize_all()
 
     def _chosen(self) -> Iterator[_Layer]:
-        paths, hooked = self._host.paths, self._host.hooked
         blocks = tuple(
-            f"{path}." for part, path in paths.items() if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
+            f"{path}."
+            for part, path in self._paths.items()
+            if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
         )
-        for layer, path in paths.items():
+        for layer, path in self._paths.items():
             if not isinstance(layer, nn.Linear):
                 continue
             why = _unsuited(layer) or self._quantizer.leaves_out(path, layer, path.startswith(blocks))
             if why is None:
-                yield _Layer(path, layer, not hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
+                yield _Layer(path, layer, not self._hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
             else:
                 self.made.left[why] += 1
 
     def _quantize_all(self) -> None:
-        patcher, unloading = self._host.patcher, Unloading(self._host.patcher)
+        patcher, unloading = self._patcher, Unloading(self._patcher)
         is_offloading = (
-            has_own_memory(self._host.device)
+            has_own_memory(self._device)
             # Hooks are patched in where the weights are.
-            and not self._host.hooked
+            and not self._hooked
             # DynamicVRAM lets go of what is not used by itself.
             and not getattr(patcher, "is_dynamic", lambda: False)()
             and self._quantizer.should_offload(bool(patcher.model.model_lowvram))
@@ -143,7 +154,7 @@ class QuantizedLayers:
         dtype = self._dtype if module.comfy_cast_weights else module.weight.dtype
         # The host brings them to the device, from wherever they are, and patches them.
         weight, bias, stream = comfy.ops.cast_bias_weight(
-            module, dtype=dtype, device=self._host.device, bias_dtype=dtype, offloadable=True
+            module, dtype=dtype, device=self._device, bias_dtype=dtype, offloadable=True
         )
         try:
             kept_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -153,7 +164,7 @@ class QuantizedLayers:
 
     def _now(self, layer: _Layer) -> StandIn:
         """What stands in for a layer in this call."""
-        if layer.is_hooked and self._host.patcher.current_hooks is not None:
+        if layer.is_hooked and self._patcher.current_hooks is not None:
             return self._as_they_are(layer.module)
         return layer.own or self._quantize(layer)
 
