@@ -50,7 +50,7 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
     import hosted
     import torch
 
-    machine, sampling = hosted.engine("host.machine"), hosted.engine("run.sampling")
+    machine, teller = hosted.engine("host.machine"), hosted.engine("telling.teller")
     latent = torch.zeros(1, 4, size // 8, size // 8)
     prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
 
@@ -69,12 +69,12 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
     expected = None
     for name, patcher in patchers.items():
         told: list[str] = []
-        patcher.set_attachments(sampling.AUDIENCE, sampling.Audience(partial(keep_lines, told), None))
+        patcher.set_attachments(teller.AUDIENCE, teller.Audience(partial(keep_lines, told), None))
         machine.release_unused()
         with machine.watch_memory(model.load_device) as watch:
             first, result = step(patcher)
         expected = result if expected is None else expected
-        patcher.remove_attachments(sampling.AUDIENCE)
+        patcher.remove_attachments(teller.AUDIENCE)
         figures[name] = {
             "first_s": first,
             "error": float((result - expected).norm() / expected.norm()),

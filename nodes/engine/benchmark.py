@@ -39,8 +39,9 @@ from .plan import models
 from .plan.plan import Entry, Plan, plan_of
 from .plan.record import outcome
 from .run.probe import Probe, compiled
-from .run.sampling import Audience, with_plan
+from .run.sampling import with_plan
 from .telling import verdicts
+from .telling.teller import Audience
 
 ABLATIONS = ("off", "each alone", "leave one out")
 FOLDER = "slipstream"

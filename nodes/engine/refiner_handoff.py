@@ -24,8 +24,8 @@ from .node import node_of, option
 from .plan import models
 from .plan.plan import plan_of
 from .plan.record import outcome
-from .run.sampling import AUDIENCE, Audience
 from .telling import metadata, verdicts
+from .telling.teller import AUDIENCE, Audience
 
 STEM = "refiner_handoff"
 MODES = {"ensemble": Ensemble, "image to image": ImageToImage}

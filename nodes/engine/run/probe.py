@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from ...methods.method import Steps
 from ..host.machine import clock
 from ..plan.record import StepClock
-from .sampling import AUDIENCE, Audience
+from ..telling.teller import AUDIENCE, Audience
 
 KEY = "slipstream.probe"
 
