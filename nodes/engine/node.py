@@ -12,10 +12,8 @@ from comfy_api.latest import io
 
 from ..compiling.settings import DYNAMIC, MODES, SCOPES
 from ..methods.method import Configuration
-from .host import machine
-from .plan import models
-from .plan.plan import Entry, Node, plan_of
-from .run import sampling
+from .apply import with_entries
+from .plan.plan import Entry, Node
 from .telling import verdicts
 
 
@@ -201,25 +199,14 @@ def pass_through(node: type[io.ComfyNode], model: Any, why: str) -> io.NodeOutpu
 
 def _add(model: Any, entries: list[Entry]) -> io.NodeOutput:
     (source,) = {node for entry in entries for node in entry.nodes}
-    plan = plan_of(model)
     try:
-        for entry in entries:
-            plan = plan.adding(entry)
-            try:
-                entry.config.check(models.describe(model, model.model_options))
-            except (ValueError, RuntimeError):
-                # Of a suggestion the run decides, whichever way the graph is wired.
-                if entry.suggested:
-                    continue
-                raise
-            if entry.config.phase == "compile":
-                model = machine.without_dynamic_vram(model, entry.config.title)
+        added = with_entries(model, entries)
     except (ValueError, RuntimeError) as error:
         # Else the success of an earlier run would stay on the node.
         verdicts.publish_refused(source, error)
         raise
     verdicts.publish_added(source)
-    return io.NodeOutput(sampling.with_plan(model, plan))
+    return io.NodeOutput(added)
 
 
 def node_of(node: type[io.ComfyNode]) -> Node:

@@ -23,6 +23,8 @@ from PIL import Image
 import nodes as host_nodes
 
 metadata = hosted.engine("telling.metadata")
+PLANNED = ("stem", "settings")
+"""What of a method is part of the plan, and not of the nodes or the run."""
 numbers = itertools.count()
 
 
@@ -163,7 +165,11 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
         "nodes": ["12:7"],
         "state": "active",
     }
-    assert found == {"samplers": {"3": {"type": "KSampler", "runs": [{"steps": 3, "methods": [method]}]}}}
+    run = {"steps": 3, "methods": [method], "plan": {"version": 1, "methods": [{key: method[key] for key in PLANNED}]}}
+    assert found == {"samplers": {"3": {"type": "KSampler", "runs": [run]}}}
+    # Which a file can be read for.
+    (entry,) = hosted.engine("plan.saved").from_data(run["plan"]).entries
+    assert entry.config == hosted.method("cfg_cutoff").CFGCutoff(0.5)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +334,9 @@ def test_a_handoff_tells_of_itself_and_of_the_plans_of_both_models(host):
     chunks = host.run(handoff)
     runs = chunks["slipstream"]["samplers"]["3"]["runs"]
     assert [(run.get("part"), run["steps"]) for run in runs] == [("base", 3), ("refiner", 2), (None, 5)]
+    assert [run["plan"]["methods"][0]["settings"]["cutoff"] for run in runs[:2]] == [0.5, 0.5]
     ((method,),) = (run["methods"] for run in runs[2:])
+    assert "plan" not in runs[2]
     assert method["settings"] == {"mode": "ensemble", "handoff": 0.6, "split": "steps", "exact_handoff": False}
     assert method["nodes"] == ["3"]
     assert method["text"].startswith("3 + 2 steps, handed over at timestep ")

@@ -32,6 +32,7 @@ FLOORS = (
     ("engine",),
     ("engine/vae",),
     ("engine/node.py",),
+    ("engine/apply.py",),
     ("engine/run",),
     ("engine/model", "engine/telling"),
     ("engine/host", "engine/plan"),
@@ -39,7 +40,7 @@ FLOORS = (
     ("compiling", "measuring"),
 )
 """From top to bottom. What is on one floor imports what is below it, never what is beside or above it. `engine` is the
-files of single nodes, on top of the rooms; `node.py` is what they have in common."""
+files of single nodes, on top of the rooms; `node.py` is what they have in common, `apply.py` what needs no node."""
 
 
 def part_of(stem: str) -> str:
@@ -73,7 +74,7 @@ def imported_files(path: Path) -> set[Path]:
 def floor_of(path: Path) -> tuple[int, str]:
     """The floor of a file of the pack, and the room that it is in."""
     name = path.relative_to(NODES).as_posix()
-    room = name if name == "engine/node.py" else path.parent.relative_to(NODES).as_posix()
+    room = name if (name,) in FLOORS else path.parent.relative_to(NODES).as_posix()
     room = "nodes" if room == "." else room
     return next(floor for floor, rooms in enumerate(FLOORS) if room in rooms), room
 

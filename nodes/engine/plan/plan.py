@@ -39,7 +39,7 @@ class Entry:
 
     Attributes:
         config: its settings.
-        nodes: the nodes that asked for it, with equal settings.
+        nodes: the nodes that asked for it, with equal settings; none if it came with a plan of its own.
         suggested: whether a node that adds several methods proposed it; an explicit node wins.
         others: suggestions of other settings. Those of an explicit node stand in their place; where there is none, the
             run is refused.
@@ -51,7 +51,7 @@ class Entry:
     others: tuple[Entry, ...] = ()
 
     def __str__(self) -> str:
-        return " and ".join(f"node {node.id}" for node in self.nodes)
+        return " and ".join(f"node {node.id}" for node in self.nodes) or "the plan"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -94,8 +94,9 @@ def _differing(new: Entry, old: Entry) -> ValueError:
         for name, value in asdict(new.config).items()
         if value != getattr(old.config, name)
     )
+    both = f"{new} and {old}" if new.nodes or old.nodes else "two plans"
     return ValueError(
-        f"{new.config.title}: {new} and {old} are on the same model with different settings ({settings}). "
+        f"{new.config.title}: {both} are on the same model with different settings ({settings}). "
         "Remove or bypass one of them, or give both the same settings."
     )
 

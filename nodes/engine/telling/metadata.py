@@ -23,7 +23,8 @@ from weakref import WeakValueDictionary
 from comfy_execution.graph_utils import is_link
 
 from ..host import machine
-from ..plan.plan import KEY
+from ..plan.plan import KEY, Plan
+from ..plan.saved import as_data
 from . import verdicts
 
 logger = logging.getLogger(__name__)
@@ -96,11 +97,14 @@ def keep(where: verdicts.Prompt, plan: Hashable, steps: int, methods: list[dict[
 
     Args:
         where: the prompt and the node that sampled.
-        plan: what was run. Another run of it in the same node and prompt takes this one's place.
+        plan: what was run, of which a `Plan` is told too. Another run of it in the same node and prompt takes this
+            one's place.
         steps: how many.
         methods: each with its settings, nodes and verdict, as plain data.
     """
-    run = {**({"part": where.part} if where.part else {}), "steps": steps, "methods": methods}
+    run: dict[str, Any] = {**({"part": where.part} if where.part else {}), "steps": steps, "methods": methods}
+    if isinstance(plan, Plan):
+        run["plan"] = as_data(plan)
     _set(where, (where.part, plan), run)
 
 
