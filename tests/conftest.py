@@ -28,6 +28,26 @@ if COMFYUI is not None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="what is marked long, and that alone")
+    parser.addoption("--quick", action="store_true", help="what a change is usually broken by, in under three minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long; or, if that is asked for, all else."""
+    wanted = []
+    for item in items:
+        is_long = item.get_closest_marker("long") is not None
+        is_left_out = is_long != config.getoption("long") or (config.getoption("quick") and not is_quick(item))
+        wanted += [] if is_left_out else [item]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def is_quick(item: pytest.Item) -> bool:
+    return item.path.relative_to(ROOT / "tests").parts[0] == "unit"
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out what cannot run here. Not even imported: a host test imports the host at its top."""
     tests = ROOT / "tests"

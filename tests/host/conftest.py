@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hosted
+from comfy.model_patcher import ModelPatcher
 
 # Dynamo's trace for its own tools, thousands of records a graph, of which pytest would keep each one's text.
 logging.getLogger("torch.__trace").propagate = False
@@ -25,10 +26,24 @@ def frozen():
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def inner_models():
+    """Those that the tests of a file share, by name, as long as each leaves them as they were."""
+    return {}
+
+
 @pytest.fixture
-def model(request):
-    """A small UNet of fifteen blocks, with SD 1.5's prompts, or what a file's `MODEL` names; new for each test."""
-    return hosted.model(getattr(request.module, "MODEL", "minimal"))
+def model(request, inner_models):
+    """A small UNet of fifteen blocks, with SD 1.5's prompts, or what a file's `MODEL` names. Its patcher is new for
+    each test; the model inside only if a test before changed it: else what was compiled for it serves again."""
+    name = getattr(request.module, "MODEL", "minimal")
+    if name not in inner_models:
+        inner_models[name] = hosted.model(name).model
+    inner = inner_models[name]
+    before = hosted.fingerprint(inner)
+    yield ModelPatcher(inner, load_device=hosted.CPU, offload_device=hosted.CPU)
+    if hosted.fingerprint(inner) != before:
+        del inner_models[name]
 
 
 @pytest.fixture

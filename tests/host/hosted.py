@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -179,6 +180,18 @@ def hooked_prompt(patcher: ModelPatcher, strengths: dict[float, float] | None = 
             frames.add(comfy.hooks.HookKeyframe(strength, start_percent=start))
         hooks.set_keyframes_on_hooks(frames)
     return prompt(patcher, 10, hooks=hooks)
+
+
+def fingerprint(inner: Any) -> list[Any]:
+    """What of a model a test may leave changed: weights, code put in a module's place, hooks, what it computes in."""
+    found: list[Any] = [inner.manual_cast_dtype, inner.current_patcher.__class__]
+    for name, module in inner.named_modules():
+        own = sorted(key for key in vars(module) if key not in vars(type(module)) and not key.startswith("comfy_"))
+        found.append((name, type(module), own, len(module._forward_hooks), len(module._forward_pre_hooks)))
+    for name, weight in inner.named_parameters():
+        bits = weight.detach().contiguous().flatten().view(torch.uint8).numpy()
+        found.append((name, weight.shape, weight.dtype, zlib.crc32(bits)))
+    return found
 
 
 def relative_error(image: torch.Tensor, expected: torch.Tensor) -> float:

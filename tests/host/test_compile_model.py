@@ -39,7 +39,7 @@ BACKEND = "inductor" if SLOW else "eager"
 SCOPES = ("blocks", "model")
 BOUND = 1e-3
 
-slow = partial(pytest.param, marks=pytest.mark.skipif(not SLOW, reason="`./slipstream test --slow` runs it"))
+long = partial(pytest.param, marks=pytest.mark.long)
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
@@ -201,8 +201,14 @@ INPUTS = {
 }
 
 
-@every_scope
-@pytest.mark.parametrize("name", list(INPUTS))
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        *((name, "blocks") for name in INPUTS),
+        # A whole UNet takes as long as all blocks to trace, for each.
+        *((pytest.param if name in ("resolution", "unguided") else long)(name, "model") for name in INPUTS),
+    ],
+)
 def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, tiniest, fresh, tallies):
     make, told = INPUTS[name]
     compiled = compile_model(tiniest, backend=BACKEND, scope=scope)
@@ -218,7 +224,7 @@ def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, 
     assert not tallies[3].new_graphs
 
 
-@pytest.mark.parametrize("dynamic", ["auto", "on", "off"])
+@pytest.mark.parametrize("dynamic", ["auto", long("on"), "off"])
 def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic, tiniest, fresh, tallies):
     compiled = compile_model(tiniest, backend=BACKEND, dynamic=dynamic)
     for size in (16, 24, 32):
@@ -269,7 +275,7 @@ def test_weights_that_change_are_followed(edit, scope, model):
 
 @pytest.mark.parametrize(
     ("family", "scope"),
-    [*((family, "blocks") for family in ("SD15", "SD20", "SDXL", "SSD1B", "SDXLRefiner")), ("SSD1B", "model")],
+    [*((family, "blocks") for family in ("SD15", "SD20", "SDXL", "SSD1B", "SDXLRefiner")), long("SSD1B", "model")],
 )
 def test_every_family(family, scope):
     model = hosted.model(family)
@@ -477,24 +483,25 @@ def test_dynamic_vram_is_left_by_loading_anew_or_refused(model, monkeypatch):
 # Memory
 
 
-def test_fifty_prompts_of_ten_kinds_need_no_more_memory_than_ten(tiniest, fresh):
+@pytest.mark.parametrize(("prompts", "of"), [(12, 4), long(50, 10)])
+def test_prompts_of_a_few_kinds_need_no_more_memory_than_one_of_each(prompts, of, tiniest, fresh):
     compiled = compile_model(tiniest, backend=BACKEND)
-    kinds = [(size, batch, lora) for size in (16, 24, 32) for batch in (1, 2) for lora in (False, True)][:10]
+    kinds = [(size, batch, lora) for size in (16, 24, 32) for batch in (1, 2) for lora in (False, True)][:of]
     resident = []
-    for i in range(50):
+    for i in range(prompts):
         size, batch, lora = kinds[i % len(kinds)]
         patcher = add_lora(compiled, seed=i) if lora else compiled
         sample(patcher, image=latent(tiniest, size, batch), steps=2)
-        if i in (9, 49):
+        if i in (of - 1, prompts - 1):
             gc.collect()
         resident.append(psutil.Process().memory_info().rss)
-    assert resident[-1] <= 1.05 * resident[9]
+    assert resident[-1] <= 1.05 * resident[of - 1]
 
 
 # Real backends
 
 
-@pytest.mark.parametrize(("scope", "units"), [("blocks", "9 blocks"), slow("model", "the UNet")])
+@pytest.mark.parametrize(("scope", "units"), [("blocks", "9 blocks"), long("model", "the UNet")])
 def test_inductor(scope, units, tiniest, fresh, tallies):
     image = sample(compile_model(tiniest, backend="inductor", scope=scope))
     assert 0 < relative(image, sample(tiniest)) < BOUND
@@ -514,6 +521,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+@pytest.mark.long
 def test_a_second_process_compiles_nothing():
     """Of two alike: what inductor keeps its graphs under depends on the order of a process's imports."""
     host = Path(__file__).parent
@@ -525,7 +533,7 @@ def test_a_second_process_compiles_nothing():
     assert (hits > 0, misses) == (True, 0)
 
 
-@every_scope
+@pytest.mark.parametrize("scope", ["blocks", long("model")])
 def test_openvino(scope, tiniest, fresh, tallies):
     """In float32, all of it but attention; a LoRA that comes later is followed."""
     compiled = compile_model(tiniest, backend="openvino", scope=scope)

@@ -165,6 +165,7 @@ def test_what_was_compiled_goes_with_the_vae(monkeypatch):
     assert not artifacts._made
 
 
+@pytest.mark.long
 def test_inductor_decodes_the_same_pixels():
     vae = small_models.vae()
     assert relative(compile_vae(vae, backend="inductor").decode(latent()), vae.decode(latent())) < 1e-3
