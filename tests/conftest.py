@@ -44,8 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = wanted
 
 
+QUICK = ("cfg_cutoff", "engine", "help_pages", "metadata", "nodes", "plan", "recipe", "report")
+"""Files of the host's suite that whatever is changed is held to: what all nodes promise, and what is told."""
+
+
 def is_quick(item: pytest.Item) -> bool:
-    return item.path.relative_to(ROOT / "tests").parts[0] == "unit"
+    suite, *_, file = item.path.relative_to(ROOT / "tests").with_suffix("").parts
+    return suite == "unit" or (suite == "host" and file.removeprefix("test_") in QUICK)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

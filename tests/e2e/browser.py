@@ -39,6 +39,9 @@ NodeId = int | str
 PATIENCE_MS = 5000
 """How long what a click is for may take to come about, before it is clicked again."""
 
+SETTLE_MS = 10_000
+"""How long a page may go on moving."""
+
 CHROMIUM_ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -72,6 +75,50 @@ _HELPERS = """
     return found
   }
   window.slipstreamTest = { ends, node }
+}
+"""
+
+# Verdicts that the page asked the server for, and has not shown yet.
+_COUNT_WAITING = """
+  const fetched = window.fetch
+  window.slipstreamWaiting = 0
+  window.fetch = async (...args) => {
+    if (!String(args[0]?.url ?? args[0]).includes('/slipstream/verdicts')) return fetched(...args)
+    window.slipstreamWaiting++
+    // What waits for the answer goes on before a timer does.
+    const done = () => setTimeout(() => window.slipstreamWaiting--)
+    try {
+      const response = await fetched(...args)
+      const json = response.json.bind(response)
+      response.json = () => json().finally(done)
+      if (!response.ok) done()
+      return response
+    } catch (error) {
+      done()
+      throw error
+    }
+  }
+"""
+
+_UNTIL_STILL = """
+async (limit) => {
+  const look = () => {
+    const rows = [...document.querySelectorAll('.slipstream-verdict__row')].map((row) => {
+      const { x, y, width, height } = row.getBoundingClientRect()
+      return [row.textContent, x, y, width, height]
+    })
+    const { ds, graph } = app.canvas
+    return JSON.stringify([ds.scale, ...ds.offset, graph.nodes.map(({ size }) => [...size]), rows])
+  }
+  const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 40)))
+  const end = performance.now() + limit
+  let before, still = 0
+  while (still < 3 && performance.now() < end) {
+    await frame()
+    const now = look()
+    still = now === before && !window.slipstreamWaiting ? still + 1 : 0
+    before = now
+  }
 }
 """
 
@@ -215,6 +262,7 @@ class Page:
 
     def __post_init__(self) -> None:
         self.page = self.context.new_page()
+        self.page.add_init_script(_COUNT_WAITING)
         self.page.on("console", self._note_console)
         self.page.on("pageerror", lambda error: self._problems.append(f"exception: {error}"))
         self.page.goto(self.server.url)
@@ -248,15 +296,14 @@ class Page:
         self.settle()
 
     def settle(self) -> None:
-        """Waits until the page has drawn what it knows."""
-        self.page.wait_for_timeout(300)
+        """Waits until the page has drawn what it knows, and nothing moves: however busy the machine is."""
+        self.page.evaluate(_UNTIL_STILL, SETTLE_MS)
 
     def reload(self) -> None:
         """Reloads the page; ComfyUI opens the same workflows again."""
         self.page.wait_for_timeout(1000)  # the host saves its draft of an unsaved workflow half a second after a change
         self.page.reload()
         self._wait_until_ready()
-        self.page.wait_for_timeout(1000)
 
     def load(self, workflow: dict[str, Any], name: str = "test") -> None:
         """Opens a workflow (the saved format, not the API's) in a new tab, as File > Open does."""
@@ -310,7 +357,7 @@ class Page:
     def fit(self) -> None:
         """Moves and zooms the view so that all nodes are in it."""
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.page.wait_for_timeout(800)
+        self.settle()
 
     def blank_canvas(self) -> None:
         """Opens a new, empty workflow, and zooms out so that a small one fits the window."""
@@ -410,6 +457,10 @@ class Page:
 
     def verdicts(self, node: NodeId) -> list[VerdictLine]:
         """What a node says about its last run, line by line; empty if it shows nothing."""
+        self.settle()
+        return self._verdicts_now(node)
+
+    def _verdicts_now(self, node: NodeId) -> list[VerdictLine]:
         return [VerdictLine(**line) for line in self.page.evaluate(_READ_VERDICTS, node)]
 
     def wait_for_verdict(
@@ -421,7 +472,7 @@ class Page:
             TimeoutError: It never did; the message holds what was shown last.
         """
         deadline = time.monotonic() + timeout_s
-        while not accept(lines := self.verdicts(node)):
+        while not accept(lines := self._verdicts_now(node)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"node {node} shows {lines}")
             self.page.wait_for_timeout(50)

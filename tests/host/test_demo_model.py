@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 import comfy.sd
 import comfy.utils
@@ -22,6 +23,7 @@ from scenes import draw_on
 from train import JUDGE
 
 demo_model = engine("demo_model")
+long = partial(pytest.param, marks=pytest.mark.long)
 
 HOUSE = "winter night, clear sky, moon, mountains, lake, pines, red house"
 
@@ -90,11 +92,11 @@ def test_the_vae_gives_back_what_it_was_given(exact, demo):
     ("node", "values", "ssim"),
     [
         ("SlipstreamDeepCache", {"cache_interval": 2, "cache_branch_id": 0}, 0.95),
-        ("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.88),
+        long("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.88),
         ("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.985),
-        ("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.95),
+        long("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.95),
         ("SlipstreamQuantize", {"scheme": "int8 dynamic", "min_features": 0}, 0.998),
-        ("SlipstreamQuantize", {"scheme": "fp8 weight-only", "min_features": 0}, 0.99),
+        long("SlipstreamQuantize", {"scheme": "fp8 weight-only", "min_features": 0}, 0.99),
     ],
 )
 def test_what_approximations_cost(demo, exact, node, values, ssim):
