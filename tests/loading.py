@@ -50,7 +50,7 @@ def load_pack() -> None:
         spec.loader.exec_module(module)
 
 
-def load_host(comfyui: Path) -> None:
+def load_host(comfyui: Path, on_cpu: bool = True) -> None:
     """Put the host on the path, and tell it to run on the CPU before any of it is imported."""
     # Its own `nodes.py` must be the one that is found: our root is never on the path.
     sys.path.insert(0, str(comfyui))
@@ -59,7 +59,7 @@ def load_host(comfyui: Path) -> None:
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = on_cpu
 
 
 def load_all() -> None:

@@ -124,14 +124,16 @@ def initialize(module: torch.nn.Module, seed: int) -> None:
                 parameter.add_(1.0)
 
 
-def build(config: Any, seed: int = 0) -> ModelPatcher:
-    config.set_inference_dtype(torch.float32, None)
+def build(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> ModelPatcher:
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=CPU)
     initialize(model.diffusion_model, seed)
-    return ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    return ModelPatcher(model, load_device=device, offload_device=CPU)
 
 
-def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
+def model(
+    name: str = "SD15", seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> ModelPatcher:
     """A small model of a family, or ``DiT``, ``minimal``, ``tiniest``, ``base`` or ``refiner``."""
     others = {
         "DiT": DIT,
@@ -141,7 +143,7 @@ def model(name: str = "SD15", seed: int = 0) -> ModelPatcher:
         "refiner": (families.SDXLRefiner, REFINER),
     }
     family, config = others.get(name) or CONFIGS[name]
-    return build(family(dict(config)), seed)
+    return build(family(dict(config)), seed, dtype, device)
 
 
 KL = {

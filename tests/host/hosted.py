@@ -183,8 +183,17 @@ def hooked_prompt(patcher: ModelPatcher, strengths: dict[float, float] | None = 
 
 
 def fingerprint(inner: Any) -> list[Any]:
-    """What of a model a test may leave changed: weights, code put in a module's place, hooks, what it computes in."""
-    found: list[Any] = [inner.manual_cast_dtype, inner.current_patcher.__class__]
+    """What of a model a test may leave changed: weights, code put in a module's place, hooks, what it computes in, and
+    what the host knows of it."""
+    latents, config = inner.latent_format, inner.model_config
+    found: list[Any] = [
+        inner.manual_cast_dtype,
+        inner.current_patcher.__class__,
+        type(inner),
+        type(latents),
+        type(config),
+    ]
+    found += [repr(sorted(vars(one).items(), key=str)) for one in (latents, config)]
     for name, module in inner.named_modules():
         own = sorted(key for key in vars(module) if key not in vars(type(module)) and not key.startswith("comfy_"))
         found.append((name, type(module), own, len(module._forward_hooks), len(module._forward_pre_hooks)))

@@ -169,8 +169,17 @@ PATCHES = {
 }
 
 
-@every_scope
-@pytest.mark.parametrize("name", list(PATCHES))
+ALIKE = ("LoRA's strength", "core FreeU", "FreeU", "self-attention replaced", "input block patched")
+"""Those of which another one is of the same kind."""
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        *((name, "blocks") for name in PATCHES),
+        *((long if name in ALIKE else pytest.param)(name, "model") for name in PATCHES),
+    ],
+)
 def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, model, tallies):
     """After a run without it, then with one value, then with another, then without: the eager image each time."""
     first, second, needs_graphs = PATCHES[name]

@@ -246,7 +246,11 @@ EVERYTHING = tuple(METHODS)
 
 @pytest.mark.parametrize("end", list(ENDS))
 @pytest.mark.parametrize(
-    "where", [*(f"step {i}" for i in range(6)), "middle block", "output block", "PREPARE_SAMPLING"]
+    "where",
+    [
+        *("step 0", "step 2", "step 5", "middle block", "output block", "PREPARE_SAMPLING"),
+        *(pytest.param(f"step {i}", marks=pytest.mark.long) for i in (1, 3, 4)),
+    ],
 )
 def test_nothing_is_left_behind_however_the_run_ends(end, where, model, last_lines):
     """At any step, by the sampler's callback; and inside the model, in the middle of a UNet call."""

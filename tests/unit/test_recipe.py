@@ -51,7 +51,7 @@ def kind(stem):
 
 REGISTRY = next(
     set(ast.literal_eval(node.value))
-    for node in ast.parse((ROOT / "nodes" / "engine" / "registry.py").read_text()).body
+    for node in ast.parse((ROOT / "nodes" / "engine" / "plan" / "registry.py").read_text()).body
     if isinstance(node, ast.Assign)
 )
 
