@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,11 +38,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is long; or, if that is asked for, all else."""
     wanted = []
     for item in items:
-        is_long = item.get_closest_marker("long") is not None
+        is_long = any(item.get_closest_marker(name) for name in long_marks(item))
         is_left_out = is_long != config.getoption("long") or (config.getoption("quick") and not is_quick(item))
         wanted += [] if is_left_out else [item]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
+
+
+def long_marks(item: pytest.Item) -> list[str]:
+    """The marks that make a test long. The browser's two renderers show the same elements: some of what one draws is
+    drawn by the other where there is time."""
+    params = getattr(item, "callspec", SimpleNamespace(params={})).params
+    return ["long", *(["long_in_vue"] if params.get("renderer") == "vue" else [])]
 
 
 QUICK = ("cfg_cutoff", "engine", "help_pages", "metadata", "nodes", "plan", "recipe", "report")

@@ -84,6 +84,7 @@ def test_it_shows_table_charts_and_images_and_keeps_them(page, workflow):
     assert not page.problems()
 
 
+@pytest.mark.long_in_vue
 def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     workflow.set(NODE, ABLATION, "off")
     workflow.set(NODE, SAVE, True)
@@ -124,6 +125,7 @@ def test_an_interrupted_one_shows_what_was_measured_and_the_next_prompt_runs(pag
     assert not page.problems()
 
 
+@pytest.mark.long_in_vue
 def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     benchmark = workflow.node(NODE)
     entry = next(entry for entry in benchmark["inputs"] if entry["name"] == "vae")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 NODES = {
     "Load Checkpoint": (180, 150),
     "CLIP Text Encode (Prompt)": (430, 150),
@@ -16,6 +18,7 @@ NODES = {
 """What each is called in the search, and where it is put. The second text encoder is the negative prompt's."""
 
 
+@pytest.mark.long_in_vue
 def test_a_faster_sdxl_workflow_from_a_blank_canvas(page):
     began = time.monotonic()
     page.blank_canvas()

@@ -76,6 +76,7 @@ def test_the_output_has_the_activations_dtype_and_the_weight_is_left_alone(schem
     assert torch.equal(weight, before)
 
 
+@pytest.mark.long
 def test_inductor_computes_the_same():
     from torch._inductor import config
 
