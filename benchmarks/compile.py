@@ -46,12 +46,16 @@ def architecture(family: str) -> Any:
 
 
 def full_size(family: str, dtype: Any) -> Any:
-    """A model of the real architecture with random weights."""
+    """A UNet of the real architecture with random weights."""
+    return random_model(architecture(family), dtype)
+
+
+def random_model(config: Any, dtype: Any) -> Any:
+    """A model of one of the host's configurations with random weights, made where it runs."""
     import comfy.model_management
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    config = architecture(family)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, "", device=device)
