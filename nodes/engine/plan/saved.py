@@ -68,9 +68,7 @@ def from_data(data: Any) -> Plan:
         _refuse(f"methods must be a list, but is {_told(methods)}")
     plan = Plan()
     for method in methods:
-        config = _configuration(
-            _object(method, "each of its methods", ("stem", "settings"), required=("stem",)), version
-        )
+        config = _configuration(method, version)
         if any(entry.config.stem == config.stem for entry in plan.entries):
             _refuse(f"{config.title} is in it twice")
         plan = plan.adding(Entry(config, ()))
