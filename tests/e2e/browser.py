@@ -122,6 +122,14 @@ async (limit) => {
 }
 """
 
+# The host names a tab the active one before, or after, its workflow is what is drawn: the page is busy in between.
+_IS_DRAWN = """
+(name) => {
+  const { activeWorkflow } = app.extensionManager.workflow
+  return activeWorkflow?.filename === name && activeWorkflow.activeState?.id === (app.rootGraph ?? app.graph).id
+}
+"""
+
 _READ_VERDICTS = """
 (id) => {
   const node = slipstreamTest.node(id)
@@ -300,10 +308,13 @@ class Page:
         self.page.evaluate(_UNTIL_STILL, SETTLE_MS)
 
     def reload(self) -> None:
-        """Reloads the page; ComfyUI opens the same workflows again."""
+        """Reloads the page, and waits until ComfyUI has opened the same workflows again."""
+        name = self.tab()
         self.page.wait_for_timeout(1000)  # the host saves its draft of an unsaved workflow half a second after a change
         self.page.reload()
         self._wait_until_ready()
+        self.page.wait_for_function(_IS_DRAWN, arg=name)
+        self.settle()
 
     def load(self, workflow: dict[str, Any], name: str = "test") -> None:
         """Opens a workflow (the saved format, not the API's) in a new tab, as File > Open does."""
@@ -421,8 +432,7 @@ class Page:
     def open_tab(self, name: str) -> None:
         """Goes to an open workflow's tab."""
         # The row of tabs moves as it brings one into view.
-        is_open = "(name) => app.extensionManager.workflow.activeWorkflow.filename === name"
-        self._until(self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click, is_open, name)
+        self._until(self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click, _IS_DRAWN, name)
         self.settle()
 
     def queue(self) -> str | Outcome:
