@@ -62,7 +62,7 @@ def random_model(config: Any, dtype: Any) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.diffusion_model.named_parameters():
-            is_norm = weight.ndim == 1 and name.endswith("weight")
+            is_norm = weight.ndim == 1 and name.endswith(("weight", "scale"))
             weight.fill_(1.0) if is_norm else weight.normal_(std=0.02 if weight.ndim > 1 else 0.01)
     return ModelPatcher(model, load_device=device, offload_device=device)
 

@@ -4,6 +4,7 @@
     python benchmarks/gpu.py                # ComfyUI is found at COMFYUI_PATH, or as the tests find it
     python benchmarks/gpu.py --only sdxl    # one part again
     python benchmarks/gpu.py --tiny         # all of it in small, also on a CPU: whether it runs, not how fast
+    ./slipstream gpu --pack FOLDER          # what a machine without a network needs, in one folder
 
 No network, no server: ComfyUI in process. The parts run one after the other in a process of their own, the most
 important first, and each figure is written as soon as it is known. A part that fails, hangs past its share of the time
@@ -104,8 +105,13 @@ def work(arguments: argparse.Namespace) -> None:
     # What packages print must not come between the events.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    parts = load_parts(arguments.parts)
-    parts.prepare(arguments.tiny)
+    try:
+        parts = load_parts(arguments.parts)
+        parts.prepare(arguments.tiny)
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"event": "unable", "why": told(error)}), file=events, flush=True)
+        return
     print(json.dumps({"event": "ready", "about": parts.about()}), file=events, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -132,6 +138,7 @@ class Worker:
     def start(cls, arguments: argparse.Namespace, log: TextIO) -> Worker:
         command = [sys.executable, str(Path(__file__)), "--worker", "--parts", str(arguments.parts)]
         command += ["--tiny"] * arguments.tiny
+        command += ["--packages", str(arguments.packages)] if arguments.packages else []
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
@@ -227,10 +234,14 @@ def run(parts: Sequence[Any], arguments: argparse.Namespace, report: Report) -> 
     """Run parts one after the other within the minutes."""
     end = time.monotonic() + 60 * arguments.minutes
     worker: Worker | None = None
+    status = why = ""
     with (report.folder / "log.txt").open("w", encoding="utf-8") as log:
         try:
             for number, part in enumerate(parts):
                 report.begin(part)
+                if status == "unable":
+                    report.close(part, "left out", 0.0, why)
+                    continue
                 starting = START_S if worker is None else 0.0
                 left = end - time.monotonic() - starting - GRACE_S
                 if left < part.seconds / 4:
@@ -246,7 +257,7 @@ def run(parts: Sequence[Any], arguments: argparse.Namespace, report: Report) -> 
                 worker.order(part, seconds)
                 status, why = watch(worker, part, began + 2 * starting + seconds + GRACE_S, report)
                 report.close(part, status, time.monotonic() - began, why)
-                if status in ("hung", "died"):
+                if status in ("hung", "died", "unable"):
                     worker.end()
                     worker = None
         finally:
@@ -262,6 +273,8 @@ def watch(worker: Worker, part: Any, until: float, report: Report) -> tuple[str,
             report.data["about"] = event["about"]
         elif event["event"] == "end":
             return event["status"], event.get("why", "")
+        elif event["event"] == "unable":
+            return "unable", f"nothing could begin: {event['why']}"
         elif event["event"] == "died":
             return "died", f"the process ended with code {event['code']}: the end of log.txt says why"
         elif event["event"] == "late":
@@ -270,26 +283,60 @@ def watch(worker: Worker, part: Any, until: float, report: Report) -> tuple[str,
             report.note(part, event)
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="slipstream gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def pack(arguments: argparse.Namespace) -> None:
+    """Make the folder for a machine without a network."""
+    sys.path[:0] = [str(HERE), str(ROOT / "tests")]
+    from gpu_pack import pack
+    from loading import find_comfyui
+
+    comfyui = find_comfyui()
+    if comfyui is None:
+        raise SystemExit("gpu: no ComfyUI was found. Set COMFYUI_PATH to its folder.")
+    try:
+        pack(arguments.pack, comfyui, arguments.python)
+    except RuntimeError as error:
+        raise SystemExit(f"gpu: {error}") from None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `./slipstream gpu` takes too."""
     parser.add_argument("--minutes", type=float, default=4.0, help="all of it takes no longer (4)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone; what is known of others stays")
     parser.add_argument("--tiny", action="store_true", help="small models, also on a CPU")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="where figures and page go (benchmarks/results/gpu)"
     )
+    parser.add_argument(
+        "--pack", type=Path, metavar="FOLDER", help="run nothing: make this folder, for a machine without a network"
+    )
+    parser.add_argument("--python", default="3.12", metavar="VERSION", help="of Python on that machine (3.12)")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    parser.add_argument("--env", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=Path, default=HERE / "gpu_parts.py", help=argparse.SUPPRESS)
+    parser.add_argument("--packages", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser
+    return parser.parse_args()
 
 
 def main() -> None:
-    arguments = options().parse_args()
+    arguments = parse()
+    if arguments.packages:
+        # At the end: what the machine has itself comes first.
+        sys.path.append(str(arguments.packages))
     if arguments.worker:
         work(arguments)
         return
+    if arguments.pack:
+        pack(arguments)
+        return
+    # As an exception, so that the worker is ended too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     everything = load_parts(arguments.parts)
     parts = [part for part in everything.PARTS if part.name in (arguments.only or [part.name])]
     unknown = set(arguments.only or ()) - {part.name for part in parts}
@@ -302,6 +349,8 @@ def main() -> None:
     page = everything.page(report.data)
     (report.folder / "README.md").write_text(page, encoding="utf-8")
     print(page)
+    if any(entry["status"] == "unable" for entry in report.data["parts"].values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """What rounding may make of an exact method over a few steps, relative to the latent's norm."""
 
 SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 dynamic", "fp8 weight-only")
+ON_GPUS = ("fp8 dynamic",)
+"""What a CPU has no instructions for."""
+
 QUANTIZED = 0.2
 """The same for quantized weights, on random ones."""
 
@@ -164,6 +167,14 @@ def with_nodes(patcher: Any, *nodes: tuple[str, Mapping[str, Any]]) -> Any:
     for number, (name, settings) in enumerate(nodes, 1):
         patcher = hosted.run_node(f"Slipstream{name}", patcher, str(number), **settings)
     return patcher
+
+
+def schemes(bench: Any, prefix: str = "") -> list[str]:
+    """Those of Quantize Model that this device can do."""
+    left_out = () if is_cuda() else ON_GPUS
+    for scheme in left_out:
+        bench.leave_out(prefix + scheme, "a CPU has no instructions for it")
+    return [scheme for scheme in SCHEMES if scheme not in left_out]
 
 
 def verdict(node_id: str) -> str:
@@ -276,7 +287,7 @@ def _quantize(bench: Any, prefix: str, dtype: Any, bound: float) -> None:
 
     model = small("SD20", dtype)
     expected = hosted.sample(model)
-    for scheme in SCHEMES:
+    for scheme in schemes(bench, prefix):
         with bench.trying(f"{prefix}{scheme}"):
             image = hosted.sample(with_nodes(model, ("Quantize", {"scheme": scheme, "min_features": 0})))
             held(bench, f"{prefix}{scheme}", relative(image, expected), QUANTIZED)
@@ -589,7 +600,8 @@ def flux(bench: Any) -> Any:
         }  # fmt: skip
     config = {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2,
-        "depth_single_blocks": 4, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True, "guidance_embed": True, **width,
+        "depth_single_blocks": 4, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+        "txt_ids_dims": [], **width,
     }  # fmt: skip
     if bench.is_tiny:
         return small_models.build(families.Flux(config), 0, torch.bfloat16, device())
@@ -597,7 +609,7 @@ def flux(bench: Any) -> Any:
 
 
 def transformer(bench: Any) -> None:
-    """Flux's layout, 4 steps: eager and with quantized weights; compiled once Compile Model serves it."""
+    """Flux's layout, 4 steps: eager and with quantized weights."""
     import hosted
     import torch
 
@@ -619,10 +631,8 @@ def transformer(bench: Any) -> None:
 
     least = {"min_features": 0 if bench.is_tiny else 256}
     variants = [Variant("stock", sampling(), 3), Variant("Attention", sampling(("Attention", {"backend": "auto"})), 3)]
-    for scheme in SCHEMES:
+    for scheme in schemes(bench):
         variants.append(Variant(scheme, sampling(("Quantize", {"scheme": scheme, **least})), 4))
-    compiler = {"backend": {"backend": "eager" if bench.is_tiny else "inductor"}}
-    variants.append(Variant("Compile Model", sampling(("CompileModel", compiler)), 20))
     compare(bench, variants, 1 if bench.is_tiny else 3, "stock")
 
 
@@ -663,7 +673,7 @@ def sync(bench: Any) -> None:
     name = "SD15" if bench.is_tiny else "sdxl"
     model = small("SD15", torch.float32) if bench.is_tiny else full_sdxl(bench)
     size, steps = (16, 4) if bench.is_tiny else (64, 20)
-    idle = ("CFGCutoff", {"cutoff": 0.999999, "unit": "timesteps"})
+    idle = ("DeepCache", {"cache_interval": 2, "end_percent": 1e-4})
     prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
 
     def sampling(patcher: Any) -> Callable[[], Any]:
@@ -717,13 +727,20 @@ def _checks(entry: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def spelled(figure: Any) -> str:
+    """Figures under names, in one line."""
+    if isinstance(figure, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {spelled(value)}" for name, value in figure.items())
+    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
+
+
 def _comparison(entry: dict[str, Any]) -> list[str]:
     lines = ["| variant | first | steady | against the first row | memory | error |", "|---|---|---|---|---|---|"]
     first = None
     rest = []
     for name, figure in entry["figures"].items():
         if not isinstance(figure, dict) or "seconds" not in figure:
-            rest.append(f"- {name}: {figure}")
+            rest.append(f"- {name}: {spelled(figure)}")
             continue
         steady = statistics.median(figure["seconds"] or [float("nan")])
         # Sizes are tables of their own, each with a first row.

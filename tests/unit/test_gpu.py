@@ -166,10 +166,12 @@ def test_a_part_that_is_none_is_told(standins):
     assert not folder.exists()
 
 
-def test_where_nothing_can_begin_it_says_so(standins):
+def test_where_nothing_can_begin_it_says_so_once(standins):
     standins.write_text(STANDINS.replace('print("a package prints this")', 'raise RuntimeError("no GPU here")'))
     done, data, took = run(standins, "--only", "good", "failing")
-    assert done.returncode == 0
-    assert took < 20
-    assert {part["status"] for part in data["parts"].values()} == {"died"}
-    assert "no GPU here" in (standins.parent / "results" / "log.txt").read_text()
+    assert done.returncode == 1
+    assert took < 10
+    assert {name: part["status"] for name, part in data["parts"].items()} == {"good": "unable", "failing": "left out"}
+    for part in data["parts"].values():
+        assert part["why"].startswith("nothing could begin: RuntimeError: no GPU here (standins.py:")
+    assert "Traceback" in (standins.parent / "results" / "log.txt").read_text()
