@@ -203,7 +203,9 @@ def load(node: type[io.ComfyNode]) -> io.NodeOutput:
 
 
 def _publish_about(where: verdicts.Prompt, source: Node, about: str) -> None:
-    verdicts.publish(replace(where, node=source.id), source, verdicts.Line("active", about), {}, (0, "model"))
+    verdicts.publish(
+        replace(where, node=source.id), source, verdicts.Line("active", about), {}, (verdicts.OF_ITSELF, "model")
+    )
 
 
 def _patcher_class(disable_dynamic: bool) -> Any:
@@ -289,7 +291,7 @@ class DemoTokenizer:
         _publish_about(where, self._source, self._about)
         quoted = f'"{shorten(text, QUOTED, placeholder=" ...")}": ' if told else "an empty prompt"
         line = verdicts.Line("active" if known or not unknown else "inert", quoted + "; ".join(told))
-        verdicts.publish(where, self._source, line, {}, (1, text))
+        verdicts.publish(where, self._source, line, {}, (text, "text"))
 
     def untokenize(self, pairs: Sequence[Any]) -> list[tuple[Any, str]]:
         """Each (token, weight) with its word."""

@@ -459,9 +459,7 @@ def test_nothing_of_dynamos_settings_is_left_changed(tiniest):
 def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     told = []
     verdicts = hosted.engine("telling.verdicts")
-    monkeypatch.setattr(
-        verdicts, "publish", lambda where, node, line, *_: told.append((node.id, line.state, line.text))
-    )
+    monkeypatch.setattr(verdicts, "publish_lines", lambda where, node, lines, *_: told.extend(lines.values()))
     alone = hosted.compiling("backends").ALL["eager"]
     slow = type(alone).compile_graph
 
@@ -471,7 +469,7 @@ def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
 
     monkeypatch.setattr(alone, "compile_graph", taking_long)
     sample(compile_model(model))
-    compiling = [text for _, state, text in told if state == "running" and text.startswith("compiling")]
+    compiling = [line.text for line in told if line.state == "running" and line.text.startswith("compiling")]
     assert len(compiling) >= 2
     assert compiling[0].startswith("compiling, 1 s so far, graphs done: ")
 

@@ -453,8 +453,7 @@ def test_every_method_works_on_either_model(name, base, refiner, last_lines):
     bound = 1e-3 if name in {"SlipstreamCPU", "SlipstreamRecipe", "SlipstreamPrecision"} else 1e-5
     for pair in ((run_node(name, base, "1"), refiner), (base, run_node(name, refiner, "1"))):
         samples, _ = hand_over(*pair, mode={"handoff": 0.5, "split": "steps"})
-        ((state, text),) = last_lines("1")
-        assert relative(samples, by_hand(*pair, 6, 3)[0]) < bound, (state, text)
+        assert relative(samples, by_hand(*pair, 6, 3)[0]) < bound, last_lines("1")
 
 
 def test_one_plan_on_both_has_a_line_and_a_report_for_each(base):

@@ -6,8 +6,8 @@
  * node shows the verdicts of the Slipstream nodes inside it.
  *
  * @typedef {'running' | 'active' | 'inert' | 'off' | 'failed' | 'interrupted'} State
- * @typedef {{ sampler: string, state: State, text: string }} Line One sampling run, in the order they began; or, without a
- *   sampler, what the node says of itself.
+ * @typedef {{ sampler: string, state: State, text: string, times: number }} Line One sampling run, in the order they began;
+ *   or several that came to the same; or, without a sampler, what the node says of itself.
  * @typedef {object} Verdict All that one node did in one prompt. A later one replaces it.
  * @property {string} prompt_id
  * @property {string | null} workflow_id Null for a prompt that came without a workflow: there is no node to draw it on.
@@ -17,8 +17,9 @@
  * @property {any} record What was counted or measured. Some types of node draw it: see `details`.
  * @property {boolean} [isLast] Whether it is from a prompt before the current one.
  *
- * @typedef {{ state: State, text: string, isLast: boolean, instance: string }} Row One line on a node. `instance` names the
- *   subgraph node it comes through: the nodes of a subgraph that is used twice are the same objects.
+ * @typedef {{ state: State, text: string, isLast: boolean, instance: string, source: string }} Row One line on a node.
+ *   `instance` names the subgraph node it comes through: the nodes of a subgraph that is used twice are the same objects.
+ *   `source` is the execution id of the node whose line it is.
  * @typedef {any} Node A LiteGraph node.
  * @typedef {object} Panel
  * @property {Node} node
@@ -37,12 +38,18 @@ import { app } from '../../../scripts/app.js'
 const EVENT = 'slipstream.verdict'
 const ROUTE = '/slipstream/verdicts'
 
+/** Between two times that the nodes are drawn, where verdicts come in faster. */
+const PAUSE_MS = 100
+/** Rows of a node that shows those of others, above which it shows one of each. */
+const MANY_ROWS = 24
+
 const MUTED = 2
 const BYPASSED = 4
 
 const STRINGS = {
   en: {
     lastRun: 'last run:',
+    times: '{} times',
     running: 'running',
     active: 'active',
     inert: 'no effect',
@@ -52,6 +59,7 @@ const STRINGS = {
   },
   zh: {
     lastRun: '上次运行：',
+    times: '{} 次',
     running: '运行中',
     active: '已生效',
     inert: '未生效',
@@ -63,6 +71,9 @@ const STRINGS = {
 
 /** @type {Record<State, string>} */
 const SYMBOLS = { running: '…', active: '✓', inert: '!', off: '○', failed: '✕', interrupted: '■' }
+
+/** Which line to show where there is room for one. @type {State[]} */
+const WORST_FIRST = ['failed', 'interrupted', 'running', 'inert', 'active', 'off']
 
 /** @type {Record<State, string>} */
 const COLORS = {
@@ -137,6 +148,8 @@ const sizes = new ResizeObserver((entries) => {
 
 let isReady = false
 let widgetCount = 0
+let isDrawing = false
+let drawnAt = -PAUSE_MS
 /** The client id that the server knows to have this script. @type {string | undefined} */
 let announcedAs
 
@@ -176,6 +189,17 @@ async function getLast(query) {
   draw()
 }
 
+/** Draws soon: at once, or after a pause, since prompts of hundreds of runs tell of each one. */
+function drawSoon() {
+  if (isDrawing) return
+  isDrawing = true
+  setTimeout(() => {
+    isDrawing = false
+    drawnAt = performance.now()
+    draw()
+  }, drawnAt + PAUSE_MS - performance.now())
+}
+
 /** Brings every node of the open workflow in line with the verdicts. */
 function draw() {
   if (!isReady) return
@@ -199,8 +223,10 @@ function draw() {
         records.set(node, verdict.record)
         const isOnly = verdict.lines.length === 1
         for (const line of verdict.lines) {
-          const text = isOnly || !line.sampler ? line.text : `${line.sampler}: ${line.text}`
-          const row = { state: line.state, isLast: Boolean(verdict.isLast) }
+          const times = line.times > 1 && localized(STRINGS, 'times').replace('{}', String(line.times))
+          const whose = [!isOnly && line.sampler, times].filter(Boolean).join(', ')
+          const text = whose ? `${whose}: ${line.text}` : line.text
+          const row = { state: line.state, isLast: Boolean(verdict.isLast), source: id }
           rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
           enclosing.forEach((host, depth) => {
             const instance = instanceOf(id.split(':').slice(0, depth).join(':'), enclosing.slice(0, depth))
@@ -226,7 +252,8 @@ function show(node, rows, record) {
   if (!rows.length && !panels.has(node)) return
   const panel = panels.get(node) ?? attach(node)
   showDetail(panel, record)
-  const drawn = JSON.stringify(rows)
+  const shown = few(rows)
+  const drawn = JSON.stringify(shown)
   if (drawn === panel.drawn) return
 
   const wasEmpty = panel.widget.hidden
@@ -238,8 +265,20 @@ function show(node, rows, record) {
   panel.widget.hidden = isEmpty
   panel.widget.element.hidden = isEmpty
   panel.rows.ariaBusy = String(rows.some((row) => row.state === 'running'))
-  panel.rows.replaceChildren(...elements(rows))
+  panel.rows.replaceChildren(...elements(shown))
   node.setDirtyCanvas(true, true)
+}
+
+/** The rows, or of many that come from several nodes each one's worst, and how many more it has. @param {Row[]} rows @returns {Row[]} */
+function few(rows) {
+  /** @type {Map<string, Row[]>} */
+  const bySource = new Map()
+  for (const row of rows) bySource.set(row.source, [...(bySource.get(row.source) ?? []), row])
+  if (rows.length <= MANY_ROWS || bySource.size === 1) return rows
+  return [...bySource.values()].map((ofOne) => {
+    const worst = WORST_FIRST.map((state) => ofOne.findLast((row) => row.state === state)).find(Boolean)
+    return ofOne.length > 1 ? { ...worst, text: `${worst.text} (+${ofOne.length - 1})` } : worst
+  })
 }
 
 /** @param {Panel} panel @param {any} record */
@@ -394,7 +433,7 @@ document.adoptedStyleSheets.push(style)
 
 api.addEventListener(EVENT, ({ detail }) => {
   keep(detail)
-  draw()
+  drawSoon()
 })
 api.addEventListener('execution_start', () => {
   for (const verdicts of workflows.values()) for (const verdict of verdicts.values()) verdict.isLast = true

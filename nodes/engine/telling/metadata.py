@@ -33,6 +33,8 @@ INFO = "extra_pnginfo"
 OURS = "Slipstream"
 """What the type of every node of ours begins with."""
 KEPT = 1000
+RUNS = 20
+"""Runs of one sampler that are told, each of another plan. An image's file has to hold them."""
 
 
 class Metadata(dict[str, Any]):
@@ -77,14 +79,24 @@ class Sampler:
         place: the prompt and the node that made them.
         type: of the node, such as ``KSampler``.
         runs: what is told of each, by what tells one from the other.
+        left_out: how many more there were, before these.
     """
 
     place: tuple[str | None, str]
     type: str
     runs: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
+    left_out: int = 0
+
+    def put(self, key: Hashable, run: dict[str, Any]) -> None:
+        """One more run; the oldest ones go."""
+        self.runs[key] = run
+        while len(self.runs) > RUNS:
+            del self.runs[next(iter(self.runs))]
+            self.left_out += 1
 
     def as_dict(self) -> dict[str, Any]:
-        return {"type": self.type, "runs": list(self.runs.values())}
+        left_out = {"left_out": self.left_out} if self.left_out else {}
+        return {"type": self.type, "runs": list(self.runs.values()), **left_out}
 
 
 _kept: OrderedDict[str, Sampler] = OrderedDict()
@@ -117,15 +129,14 @@ def _set(where: verdicts.Prompt, key: Hashable, run: dict[str, Any] | None) -> N
     if where.id is None or where.node is None:
         return
     try:
-        # A node that another one expanded into is no part of the prompt; its id begins with that one's.
-        node = where.node if where.node in where.graph else where.node.split(".")[0]
+        node = where.shown
         signature = _signature(where.graph, node, {})
         with _lock:
             sampler = None if run is None else _sampler(signature, (where.id, node), where.graph[node]["class_type"])
             if sampler is None:
                 _kept.pop(signature, None)
             else:
-                sampler.runs[key] = run or {}
+                sampler.put(key, run or {})
             for metadata in list(_prompts.values()):
                 nodes = metadata.nodes.get(signature)
                 if nodes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from ...methods.method import MethodRun, State
-from ..plan.plan import Entry, Plan
+from ..plan.plan import Entry, Node, Plan
 from ..plan.record import Record
 from . import history, metadata, verdicts
 
@@ -77,6 +77,7 @@ class Teller:
         """Tell every node its line, or the methods of some phases another one alone."""
         if self._audience is not None and self._audience.name is None:
             return
+        told: dict[Node, dict[verdicts.Key, verdicts.Line]] = {}
         for entry, line in zip(self._plan.entries, self.lines(methods), strict=True):
             if instead is not None:
                 if entry.config.phase not in instead:
@@ -85,9 +86,13 @@ class Teller:
             others = line if entry.suggested else verdicts.Line("inert", f"as {entry} sets it")
             lines = [(node, line) for node in entry.nodes]
             lines += [(node, others) for other in entry.others for node in other.nodes]
-            for node, told in lines:
-                named = replace(told, text=f"{entry.config.title}: {told.text}") if node.has_several else told
-                verdicts.publish(self._where, node, named, self._record.as_dict(), (self._number, entry.config.stem))
+            for node, line in lines:
+                named = replace(line, text=f"{entry.config.title}: {line.text}") if node.has_several else line
+                told.setdefault(node, {})[self._number, entry.config.stem] = named
+        # One number for each step is for the Report, and too much for each message.
+        record = {name: value for name, value in self._record.as_dict().items() if name != "step_s"}
+        for node, lines_of_it in told.items():
+            verdicts.publish_lines(self._where, node, lines_of_it, record)
 
     def end(self, methods: Sequence[MethodRun], error: BaseException | None) -> None:
         """The run is over, and its record closed."""

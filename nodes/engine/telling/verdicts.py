@@ -1,8 +1,8 @@
 """Verdicts: what each node did in the last run, told to the page and kept as plain data.
 
-A verdict is one line for each sampling run that the node took part in during one prompt. It goes
-to the client that queued the prompt as the event ``slipstream.verdict``, a complete snapshot each
-time, and stays here for that client to fetch after a reload or a prompt that was cached whole.
+A verdict is one line for each sampling run that the node took part in during one prompt; of many runs, few lines. It
+goes to the client that queued the prompt as the event ``slipstream.verdict``, a complete snapshot each time, and stays
+here for that client to fetch after a reload or a prompt that was cached whole.
 """
 
 from __future__ import annotations
@@ -11,23 +11,32 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
 from ...methods.method import State
 from ..plan.plan import Node
 from ..plan.record import Record
+from .folding import Folded, LineState, Told
 
 logger = logging.getLogger(__name__)
 
 EVENT = "slipstream.verdict"
 ROUTE = "/slipstream/verdicts"
 KEPT = 1000
-NOT_RUN = (0, "")
-TOLD = (0, "told")
+LATEST = 64
+"""Lines of a node that may yet be written anew."""
+OF_ITSELF = 0
+"""In the place of a run's number, for what a node says of itself: such a line is never one of many."""
+NOT_RUN = (OF_ITSELF, "")
+TOLD = (OF_ITSELF, "told")
 """The key of what a node says of itself."""
+
+Key = tuple[Hashable, str]
+"""What tells a line from the others of its node: the run, and the method's stem."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,16 @@ class Prompt:
     part: str = ""
 
     @property
+    def shown(self) -> str:
+        """The id that the executing node is shown under. One that another node expanded into, as a loop does each time
+        around, is no part of the graph; its id begins with that one's."""
+        node = str(self.node)
+        return node if node in self.graph else node.split(".")[0]
+
+    @property
     def sampler(self) -> str:
         """What to call the executing node, such as ``KSampler 3``."""
-        name = f"{self.graph.get(self.node or '', {}).get('class_type', 'node')} {self.node}"
+        name = f"{self.graph.get(self.shown, {}).get('class_type', 'node')} {self.shown}"
         return f"{name}, {self.part}" if self.part else name
 
 
@@ -61,20 +77,43 @@ class Prompt:
 class Line:
     """One run's verdict on one node. `state` decides its colour and symbol."""
 
-    state: State | Literal["running", "off", "failed", "interrupted"]
+    state: LineState
     text: str
 
 
 @dataclass
 class Verdict:
-    """All that is known of one node: its inputs then, its lines in order, keyed by the run that each is from."""
+    """All that is known of one node.
+
+    Attributes:
+        inputs: its own, then.
+        lines: what it says of itself, and its latest runs' lines in order.
+        earlier: the lines of the runs before these.
+        record: the counts of the latest run.
+    """
 
     prompt_id: str | None
     workflow_id: str | None
     node: Node
     inputs: dict[str, Any] | None = None
-    lines: OrderedDict[Any, dict[str, str]] = field(default_factory=OrderedDict)
+    lines: OrderedDict[Key, dict[str, Any]] = field(default_factory=OrderedDict)
+    earlier: Folded = field(default_factory=Folded)
     record: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, key: Key, line: dict[str, Any]) -> None:
+        """Set a line. One that is neither among the latest nor still running is no longer known by its key."""
+        self.lines[key] = line
+        if len(self.lines) > LATEST:
+            over = [key for key, line in self.lines.items() if key[0] != OF_ITSELF and line["state"] != "running"]
+            self.earlier = self.earlier.plus(Told(key[1], **self.lines.pop(key)) for key in over[:-LATEST])
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Its lines as they are sent, as few as say it."""
+        of_itself: list[Told] = []
+        of_runs: list[Told] = []
+        for (run, stem), line in self.lines.items():
+            (of_itself if run == OF_ITSELF else of_runs).append(Told(stem, **line))
+        return [line.as_dict(1) for line in of_itself] + self.earlier.shown(of_runs)
 
     def as_dict(self) -> dict[str, Any]:
         """The event's data."""
@@ -83,7 +122,7 @@ class Verdict:
             "workflow_id": self.workflow_id,
             "node_id": self.node.id,
             "node_type": self.node.type,
-            "lines": list(self.lines.values()),
+            "lines": self.shown(),
             "record": self.record,
         }
 
@@ -139,18 +178,29 @@ def _find_prompt(server: Any, prompt_id: str, node: str | None = None) -> Prompt
     return Prompt(prompt_id, workflow_id, node, extra.get("client_id"), graph)
 
 
-def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: tuple[int, str] = NOT_RUN) -> None:
+def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: Key = NOT_RUN) -> None:
     """Set the line of one run on a node, and tell the client.
+
+    Args:
+        line: what to say.
+        run: number of the run, or `OF_ITSELF`, and stem of the method: a node has one line for each. Without it
+            the line stands until the first run of this prompt.
+
+    Others as with `publish_lines`.
+    """
+    publish_lines(where, node, {run: line}, record)
+
+
+def publish_lines(where: Prompt, node: Node, lines: Mapping[Key, Line], record: dict[str, Any]) -> None:
+    """Set lines on a node, and tell the client.
 
     Never raises for the server's sake: a verdict that cannot be sent must not cost the image.
 
     Args:
         where: the prompt, as it was when the run began.
         node: the node that it is about.
-        line: what to say.
+        lines: what to say, as with `publish`.
         record: the run's counts.
-        run: number of the run, and stem of the method: a node has one line for each. Without it the
-            line stands until the first run of this prompt.
     """
     with _lock:
         verdict = _kept.get((where.workflow, node.id))
@@ -158,10 +208,11 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
             verdict = Verdict(where.id, where.workflow, node, where.graph.get(node.id, {}).get("inputs"))
             if node.told:
                 # Here, and not when the node executes: it may be cached while a sampler runs.
-                verdict.lines[TOLD] = {"sampler": "", **asdict(Line("active", node.told))}
-        if run != NOT_RUN:
+                verdict.put(TOLD, {"sampler": "", **asdict(Line("active", node.told))})
+        if NOT_RUN not in lines:
             verdict.lines.pop(NOT_RUN, None)
-        verdict.lines[run] = {"sampler": where.sampler, **asdict(line)}
+        for run, line in lines.items():
+            verdict.put(run, {"sampler": where.sampler, **asdict(line)})
         verdict.record = record
         _keep(verdict)
         data = verdict.as_dict()
@@ -208,7 +259,10 @@ def _send(where: Prompt, node: Node, data: dict[str, Any]) -> None:
         server.send_sync(EVENT, data, where.client)
     else:
         # The host's own text on a node: it can't be told apart by workflow and isn't kept, but needs no script.
-        server.send_progress_text("\n".join(entry["text"] for entry in data["lines"]), node.id, where.client)
+        texts = [
+            f"{line['times']} times: {line['text']}" if line["times"] > 1 else line["text"] for line in data["lines"]
+        ]
+        server.send_progress_text("\n".join(texts), node.id, where.client)
 
 
 def _adopt(where: Prompt) -> None:
