@@ -5,11 +5,13 @@ The files are named as the templates name theirs, so that templates are opened a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 
 import comfy.model_management
+import comfy.sample
 import comfy.sd
 import folder_paths
 import torch
@@ -116,6 +118,43 @@ class Fault(io.ComfyNode):
         return io.NodeOutput(clone)
 
 
+class ManyRuns(io.ComfyNode):
+    """Samples many times, as nodes do that go through an image by tiles or regions, or loop."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TestManyRuns",
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent_image"),
+                io.Int.Input("seed", default=0, max=2**63),
+                io.Int.Input("runs", default=500),
+                io.Int.Input("kinds", default=1, tooltip="Each of another number of steps."),
+                io.Int.Input("fails", default=-1, tooltip="The run that fails, after which the node goes on."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, seed, runs, kinds, fails):
+        samples = latent_image["samples"]
+        noise = comfy.sample.prepare_noise(samples, seed)
+
+        def stop(step, *_):
+            raise RuntimeError("a planted fault")
+
+        for number in range(runs):
+            with contextlib.suppress(RuntimeError):
+                comfy.sample.sample(
+                    model, noise, 2 + number % kinds, 5.0, "euler", "normal", positive, negative, samples,
+                    callback=stop if number == fails else None, disable_pbar=True, seed=seed,
+                )  # fmt: skip
+        return io.NodeOutput(latent_image)
+
+
 class Keep(io.ComfyNode):
     """Writes the numbers of an IMAGE or LATENT as they are, for two runs to be compared bit for bit."""
 
@@ -136,7 +175,7 @@ class Keep(io.ComfyNode):
 
 class StandIns(ComfyExtension):
     async def get_node_list(self):
-        return [Fault, Keep]
+        return [Fault, ManyRuns, Keep]
 
 
 async def comfy_entrypoint():
