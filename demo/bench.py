@@ -11,11 +11,11 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_options import METHODS, add_options
+from bench_options import DEMO_METHODS, METHODS, add_options
 from comfyui import Server
 from workspace import (
     has_gpu,
@@ -63,6 +63,11 @@ def parse_method(text: str, nodes: dict[str, Any]) -> tuple[str, dict[str, str]]
             raise RuntimeError(f"--method {name} should set its inputs ({', '.join(known)}), but sets {key}")
         inputs[key] = value
     return kind, inputs
+
+
+def methods(arguments: argparse.Namespace, checkpoint: str | None) -> Sequence[str]:
+    """What is measured: as was asked for, or else what suits the checkpoint or the demo model."""
+    return arguments.method or (METHODS if checkpoint else DEMO_METHODS)
 
 
 def inputs_of(node: dict[str, Any]) -> dict[str, list[Any]]:
@@ -117,7 +122,7 @@ def build_prompt(
 
     loader = add("CheckpointLoaderSimple", ckpt_name=checkpoint) if checkpoint else add("SlipstreamDemoModel")
     model = loader
-    for method in arguments.method or METHODS:
+    for method in methods(arguments, checkpoint):
         kind, inputs = parse_method(method, nodes)
         model = add(kind, model=[model, 0], **inputs)
     wired: dict[str, Any] = {"baseline": [loader, 0], "candidate": [model, 0]}
@@ -171,7 +176,7 @@ def repeatable(arguments: argparse.Namespace, checkpoint: str | None) -> str:
         command += ["--random", arguments.random]
     else:
         command += ["--checkpoint", Path(checkpoint).name] if checkpoint else ["--demo"]
-    for method in arguments.method or METHODS:
+    for method in methods(arguments, checkpoint):
         command += ["--method", method]
     for name in ("size", "steps", "cfg", "sampler", "scheduler", "seed", "runs", "ablation"):
         command += [f"--{name}", str(getattr(arguments, name))]

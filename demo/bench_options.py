@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 METHODS = ("DeepCache", "CFGCutoff:cutoff=0.5", "FreeU")
+DEMO_METHODS = ("DeepCache:cache_interval=2,schedule=quadratic", "CFGCutoff:cutoff=0.75")
+"""On the demo model, which is small: settings for SD 1.5 change its pictures."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         action="append",
         metavar="NAME[:INPUT=VALUE,...]",
-        help=f"a Slipstream node on the candidate, as often as you like (default: {', '.join(METHODS)})",
+        help=f"a Slipstream node on the candidate, as often as you like (default: {', '.join(METHODS)}; "
+        f"on the demo model {', '.join(DEMO_METHODS)})",
     )
     parser.add_argument(
         "--ablation",

@@ -62,12 +62,12 @@ def test_it_shows_table_charts_and_images_and_keeps_them(page, workflow):
     bare = page.workflow()
     assert page.run(timeout_s=300).status == "success"
     shown = panel(page, workflow)
-    variants = ["baseline", "candidate", "CFG Cutoff alone", "DeepCache alone", "FreeU alone"]
+    variants = ["baseline", "candidate", "CFG Cutoff alone", "DeepCache alone"]
     assert shown["variants"] == variants
     assert all(count > 0 for count in shown["marks"])
     assert shown["images"] >= 2
     assert shown["overflow"] <= 0
-    assert "no guidance from step 2 of 4" in shown["text"]
+    assert "no guidance from step 3 of 4" in shown["text"]
     ((state, text),) = [(line.state, line.text) for line in page.verdicts(workflow.id(NODE))]
     assert state == "active"
     assert text.startswith("candidate: ")
@@ -94,7 +94,7 @@ def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     button(page, "Copy as Markdown").dispatch_event("click")
     page.settle()
     copied = page.page.evaluate("() => navigator.clipboard.readText()")
-    assert copied.startswith("### SD15, 64x64, 4 steps of euler, normal, cfg 7.5")
+    assert copied.startswith("### DemoFamily, 64x64, 4 steps of dpmpp_2m, karras, cfg 5")
     assert "| candidate |" in copied
     answers = [page.page.request.get(link) for link in shown["links"]]
     assert all(answer.ok for answer in answers)
@@ -130,8 +130,7 @@ def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     benchmark = workflow.node(NODE)
     entry = next(entry for entry in benchmark["inputs"] if entry["name"] == "vae")
     workflow.data["links"] = [link for link in workflow.data["links"] if link[0] != entry["link"]]
-    checkpoint = workflow.node("CheckpointLoaderSimple")
-    checkpoint["outputs"][2]["links"] = []
+    workflow.node("SlipstreamDemoModel")["outputs"][2]["links"] = []
     entry["link"] = None
     workflow.set(NODE, ABLATION, "off")
     page.load(workflow.data)
@@ -155,10 +154,10 @@ def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(p
     sampler = workflow.add("KSampler", inputs, ["LATENT"], [next(seeds), "fixed", 8, 5.0, "euler", "normal", 1.0])
     decoder = workflow.add("VAEDecode", {"samples": "LATENT", "vae": "VAE"}, ["IMAGE"], [])
     shown = workflow.add("PreviewImage", {"images": "IMAGE"}, [], [])
-    loader, latent = workflow.node("CheckpointLoaderSimple"), workflow.node("EmptyLatentImage")
+    loader, latent = workflow.node("SlipstreamDemoModel"), workflow.node("EmptyLatentImage")
     prompts = [node for node in workflow.data["nodes"] if node["type"] == "CLIPTextEncode"]
     for target, model in ((second, "candidate"), (sampler, "model")):
-        workflow.link(workflow.node("SlipstreamFreeU"), 0, target, model)
+        workflow.link(workflow.node("SlipstreamCFGCutoff"), 0, target, model)
         workflow.link(prompts[0], 0, target, "positive")
         workflow.link(prompts[1], 0, target, "negative")
         workflow.link(latent, 0, target, "latent_image")
@@ -196,6 +195,6 @@ def test_in_the_light_theme(open_page, workflow):
 def test_the_nodes_show_the_candidates_own_verdict_once(page, workflow):
     page.load(workflow.data)
     assert page.run(timeout_s=300).status == "success"
-    for name in ("SlipstreamDeepCache", "SlipstreamCFGCutoff", "SlipstreamFreeU"):
+    for name in ("SlipstreamDeepCache", "SlipstreamCFGCutoff"):
         (line,) = page.verdicts(workflow.id(name))
         assert line.state == "active"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from functools import partial
@@ -234,6 +235,29 @@ def test_the_hosts_lora_loader_finds_its_layers(demo):
     assert (changed - plain).abs().mean() > 0.01
     assert torch.equal(demo.sample([HOUSE], [1], steps=4), plain)
     assert clip.clone().encode("lake").shape == (1, 16, 768)
+
+
+def test_the_benchmarks_template_leaves_pictures_nearly_as_they_are(demo, exact):
+    """Or the first benchmark that a newcomer runs shows a broken picture."""
+    template = json.loads((ROOT / "workflows" / "9 - Benchmark - what each optimization gives.json").read_text())
+    nodes = {node["id"]: node for node in template["nodes"]}
+    links = {link[0]: link for link in template["links"]}
+    measured = next(node for node in nodes.values() if node["type"] == "SlipstreamBenchmark")
+    chain, slot = [], "candidate"
+    while nodes[links[link_to(measured, slot)][1]]["type"] != "SlipstreamDemoModel":
+        measured, slot = nodes[links[link_to(measured, slot)][1]], "model"
+        chain.append(measured)
+    model = demo.model
+    for node in chain:
+        model = hosted.run_node(node["type"], model, str(node["id"]), **node["widgets_values_named"])
+    prompts, _, latents, images = exact
+    found = demo.sample(prompts, range(8), steps=20, model=model)
+    assert chain
+    assert 0.975 < fidelity.compare(latents, found, images, demo.decode(found)).ssim < 1
+
+
+def link_to(node, name):
+    return next(entry["link"] for entry in node["inputs"] if entry["name"] == name)
 
 
 def test_the_hosts_own_nodes_work_on_it(demo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 import pytest
@@ -112,6 +113,18 @@ def test_without_a_checkpoint_it_is_the_demo_model_with_its_own_words_and_pictur
     assert [text["clip"] for text in texts] == [[loader, 1], [loader, 1]]
     assert "lake" in texts[0]["text"]
     assert list(built.values())[-1]["inputs"]["vae"] == [loader, 2]
+
+
+def test_on_the_demo_model_it_measures_what_the_template_does():
+    template = json.loads((ROOT / "workflows" / "9 - Benchmark - what each optimization gives.json").read_text())
+    models = {kind for kind, entry in NODES.items() if entry["category"] == "Slipstream/model"}
+    kept = {node["type"]: node["widgets_values_named"] for node in template["nodes"] if node["type"] in models}
+    built = [entry for entry in prompt(checkpoint=None).values() if entry["class_type"] in models]
+    assert {entry["class_type"] for entry in built} == kept.keys()
+    for entry in built:
+        settings = {name: value for name, value in entry["inputs"].items() if name != "model"}
+        assert settings.items() <= kept[entry["class_type"]].items()
+    assert bench.DEMO_POSITIVE in [node.get("widgets_values", [""])[0] for node in template["nodes"]]
 
 
 @pytest.mark.parametrize(
