@@ -14,6 +14,9 @@ from comfy.patcher_extension import WrappersMP
 
 from ..plan.plan import KEY
 
+WITHOUT_NEGATIVE = f"{KEY}.without_negative"
+"""The key of the wrapper around all that evaluate a positive alone."""
+
 
 @dataclass(frozen=True)
 class HostGuidance:
@@ -77,7 +80,7 @@ class HostGuidance:
             options["sampler_calc_cond_batch_function"] = lambda args: _in_both_slots(evaluate(args))
         transformer_options = options.get("transformer_options", {})
         wrappers = transformer_options.get("wrappers", {})
-        of_kind = {KEY: [_without_negative], **wrappers.get(WrappersMP.CALC_COND_BATCH, {})}
+        of_kind = {WITHOUT_NEGATIVE: [_without_negative], **wrappers.get(WrappersMP.CALC_COND_BATCH, {})}
         options["transformer_options"] = {
             **transformer_options,
             "wrappers": {**wrappers, WrappersMP.CALC_COND_BATCH: of_kind},
