@@ -72,7 +72,7 @@ class CFGCutoffRun(MethodRun):
         self.sigma = run.percent_to_sigma(config.cutoff) if config.unit == "timesteps" else None
         self.evaluations = 0
         self.is_guided = False
-        self.left_out_arithmetic = False
+        self.left_out: set[str] = set()
         self.alone = 0
         self.began_at: int | None = None
         self.predictions = 0
@@ -96,7 +96,7 @@ class CFGCutoffRun(MethodRun):
         else:
             denoised = guidance.positive_alone()
             self.alone += 1
-            self.left_out_arithmetic |= guidance.has_own_arithmetic
+            self.left_out.update(guidance.left_out)
             if self.began_at is None:
                 self.began_at = evaluation.step
             # A guided evaluation of this very run says what one takes, with every patch on the
@@ -123,10 +123,10 @@ class CFGCutoffRun(MethodRun):
         if self.still_evaluated > 1:
             text += (
                 f"; up to {self.still_evaluated} predictions an evaluation remained "
-                "(regional prompts, or a node such as SAG or PAG that evaluates more by itself)"
+                "(regional prompts, or a node such as PAG that evaluates more by itself)"
             )
-        if self.left_out_arithmetic:
-            text += "; another node's own way of combining predictions was left out with the guidance"
+        if self.left_out:
+            text += f"; left out with the guidance: {', '.join(sorted(self.left_out))}"
         return "active", text
 
     def _why_inert(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -163,8 +163,8 @@ class Guidance(Protocol):
         """Whether anything besides the positive would be evaluated."""
 
     @property
-    def has_own_arithmetic(self) -> bool:
-        """Whether another node combines the predictions in its own way."""
+    def left_out(self) -> Collection[str]:
+        """Names of the nodes that `positive_alone` left out, as they need what was not evaluated."""
 
     @property
     def conditions(self) -> int:
