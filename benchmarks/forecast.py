@@ -45,7 +45,10 @@ def settings(steps: int) -> list[tuple[str, str, dict[str, Any], int]]:
     ]
     for threshold in THRESHOLDS:
         window = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
-        found += [("core EasyCache", "EasyCacheNode", window, steps), ("core LazyCache", "LazyCacheNode", window, steps)]
+        found += [
+            ("core EasyCache", "EasyCacheNode", window, steps),
+            ("core LazyCache", "LazyCacheNode", window, steps),
+        ]
     found += [("fewer steps", "", {}, steps * fewer // 20) for fewer in FEWER]
     found += [("DeepCache", "SlipstreamDeepCache", {"cache_interval": interval}, steps) for interval in INTERVALS]
     return found

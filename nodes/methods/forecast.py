@@ -354,12 +354,18 @@ class ForecastRun(MethodRun):
         newest = []
         for key in group:
             known = self.conditions_seen.get(key)
-            if known is None or len(known.history) < 2 or self.number - known.history[0].number > self.config.max_skips + 1:
+            if (
+                known is None
+                or len(known.history) < 2
+                or self.number - known.history[0].number > self.config.max_skips + 1
+            ):
                 return None
             newest.append(known.history[0].sigma)
         return max(abs(math.log(one / sigma)) for one in newest)
 
-    def _choose(self, group: tuple[Hashable, ...], weights: Sequence[float] | None, gap: float) -> tuple[float, Way] | None:
+    def _choose(
+        self, group: tuple[Hashable, ...], weights: Sequence[float] | None, gap: float
+    ) -> tuple[float, Way] | None:
         depth = min(len(self.conditions_seen[key].history) for key in group)
         scores = self.scores.get(group)
         return None if scores is None else scores.best(gap, depth)
@@ -400,7 +406,9 @@ class ForecastRun(MethodRun):
         following = self.steps.sigmas[evaluation.step + 1]
         return 1 / following - 1 / evaluation.sigma if 0 < following < evaluation.sigma else 0.0
 
-    def _taken_back(self, group: tuple[Hashable, ...], known: Condition, evaluation: Evaluation, sigma: float, result: Tensor) -> Tensor:
+    def _taken_back(
+        self, group: tuple[Hashable, ...], known: Condition, evaluation: Evaluation, sigma: float, result: Tensor
+    ) -> Tensor:
         """A prediction that also takes back what was foretold wrongly since the last one."""
         weight = self._step_weight(evaluation)
         if not known.skipped or not known.history or not weight or self.is_multistage or not self._is_smooth(group):

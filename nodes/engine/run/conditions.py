@@ -79,9 +79,7 @@ class HostConditionsCall:
     @cached_property
     def states(self) -> tuple[Hashable, ...]:
         """What of each is in force at this noise level."""
-        return tuple(
-            tuple(_state(entry, self.sigma) for entry in cond) for cond in self._conds if cond is not None
-        )
+        return tuple(tuple(_state(entry, self.sigma) for entry in cond) for cond in self._conds if cond is not None)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
