@@ -50,6 +50,11 @@ MEMORY = 2
 SAME_LEVEL = 1e-3
 """Up to which gap in log sigma two evaluations are at one noise level."""
 
+OTHER_HALF = "for the other half of a step"
+
+Group = tuple[Hashable, ...]
+"""Conditions that are asked for at once."""
+
 
 @dataclass(frozen=True)
 class Forecast(Configuration):
@@ -121,15 +126,14 @@ class Way:
         held = [1.0, *[0.0] * self.order]
         return [self.damping * weight + (1 - self.damping) * hold for weight, hold in zip(weights, held, strict=True)]
 
-    def foretell(self, sigma: float, x: Tensor, history: Sequence[Made]) -> Tensor:
+    def foretell(self, sigma: float, x: Tensor, history: Sequence[Exact]) -> Tensor:
         """The prediction for a latent `x` at `sigma`, from a history, newest first."""
-        weights = self.coefficients(sigma, [made.sigma for made in history])
+        weights = self.coefficients(sigma, [one.sigma for one in history])
         if not self.is_of_derivative:
-            return _sum((weight, made.denoised) for weight, made in zip(weights, history, strict=False))
-        derivative = _sum(
-            (weight / made.sigma, made.x - made.denoised) for weight, made in zip(weights, history, strict=False)
-        )
-        return torch.sub(x, derivative, alpha=sigma)
+            return _sum((weight, one.denoised) for weight, one in zip(weights, history, strict=False))
+        pairs = zip(weights, history, strict=False)
+        derivative = _sum((weight / one.sigma, one.x - one.denoised) for weight, one in pairs)
+        return x - derivative * sigma
 
 
 WAYS = (
@@ -152,8 +156,12 @@ def _sum(terms: Iterable[tuple[float, Tensor]]) -> Tensor:
 
 
 @dataclass
-class Made:
-    """What an evaluation that was made gave of one condition."""
+class Exact:
+    """What an evaluation that was made gave of one condition.
+
+    Attributes:
+        number: which of the run's evaluations it was.
+    """
 
     sigma: float
     x: Tensor
@@ -166,14 +174,26 @@ class Condition:
     """What is remembered of one condition.
 
     Attributes:
-        history: newest first.
         state: what is in force of it; with another one it is another condition.
-        skipped: what was foretold since, and where: the weight of the step, the noise level, the prediction.
+        history: newest first.
     """
 
     state: Hashable
-    history: list[Made] = field(default_factory=list)
-    skipped: list[tuple[float, float, Tensor]] = field(default_factory=list)
+    history: list[Exact] = field(default_factory=list)
+
+
+@dataclass
+class Foretold:
+    """One call that was foretold.
+
+    Attributes:
+        weight: by how much its step moves x / sigma, for each unit of the prediction.
+        denoised: of each condition.
+    """
+
+    sigma: float
+    weight: float
+    denoised: list[Tensor]
 
 
 class Scores:
@@ -225,29 +245,32 @@ def _growth(way: Way, ratio: float) -> float:
 
 
 class ForecastRun(MethodRun):
-    """Decides for each evaluation whether it is made, and fills those that are not."""
+    """Decides for each evaluation whether it is made, and fills those that are not. Conditions that are asked for at
+    once are a group: they are foretold in one way, and scored by what the sampler gets of them."""
 
     def __init__(self, config: Forecast, run: Run):
         self.config = config
         self.steps = run.steps
         self.adapts_steps = run.adapts_steps
         self.in_range = run.sigma_range(config.start_percent, config.end_percent)
-        self.conditions_seen: dict[Hashable, Condition] = {}
-        self.scores: dict[tuple[Hashable, ...], Scores] = {}
-        # Scores that are still on the device: their group, gap and ways.
-        self.unread: list[tuple[tuple[Hashable, ...], float, list[Way], Tensor]] = []
+        # What is remembered.
+        self.known: dict[Hashable, Condition] = {}
+        self.scores: dict[Group, Scores] = {}
+        self.unread: list[tuple[Group, float, list[Way], Tensor]] = []
+        self.foretold: dict[Group, list[Foretold]] = {}
+        self.to_take_back: dict[Group, list[Foretold]] = {}
+        # The evaluation that is made or skipped.
         self.evaluation: Evaluation | None = None
-        self.groups: list[tuple[Hashable, ...]] = []
-        self.groups_before: list[tuple[Hashable, ...]] = []
+        self.groups: list[Group] = []
         self.is_skipping = False
         self.number = -1
-        self.row = 0
-        self.error = 0.0
         self.sigma = math.inf
         self.step = -1
+        self.row = 0
+        self.error = 0.0
+        # What the sampler is like.
         self.is_multistage = False
         self.has_pairs = False
-        self.is_combination_known = True
         # For the verdict.
         self.skipped = 0
         self.made: Counter[str] = Counter()
@@ -256,208 +279,202 @@ class ForecastRun(MethodRun):
         self.worst = 0.0
         self.least: float | None = None
         self.bytes = 0
+        self.is_combination_known = True
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
         if evaluation is not self.evaluation:
             self._begin(evaluation)
         group = tuple(call.keys)
-        self.groups.append(group)
         for key, state in zip(call.keys, call.states, strict=True):
-            self._known(key, state, call.x)
+            known = self.known.get(key)
+            if known is None or known.state != state or (known.history and known.history[0].x.shape != call.x.shape):
+                self.known[key] = Condition(state)
+        self.groups.append(group)
         if self.is_skipping:
-            gap = self._gap(group, call.sigma)
-            choice = None if gap is None else self._choose(group, call.weights, gap)
-            if choice is not None:
-                return self._foretell(choice[1], evaluation, call)
-            self._make(evaluation, "for a changed prompt")
+            best = self._best(group, call.sigma)
+            if best is not None:
+                return self._foretell(best[1], evaluation, call, group)
+            # What another call of this evaluation was given stands.
+            if len(self.groups) == 1:
+                self._make("for a changed prompt")
         return self._evaluate(evaluation, call, group)
 
-    # Whether.
+    # Whether it is made.
 
     def _begin(self, evaluation: Evaluation) -> None:
-        """The sampler asks for the next prediction: will it be made?"""
+        """The sampler asks for the next prediction."""
         self._read()
-        self.number += 1
-        sigma = evaluation.sigma
-        self.is_multistage |= evaluation.step == self.step
-        self.has_pairs |= 0 < sigma and self.sigma < math.inf and abs(math.log(sigma / self.sigma)) < SAME_LEVEL
+        sigma, is_same_step = evaluation.sigma, evaluation.step == self.step
         goes_up = sigma > self.sigma * (1 + self.steps.TOLERANCE)
+        self.number += 1
+        self.is_multistage |= is_same_step
+        self.has_pairs |= is_same_step and _gap(sigma, self.sigma) < SAME_LEVEL
         if goes_up:
-            self._forget()
-        self.groups_before, self.groups = self.groups, []
-        why = self._why_made(evaluation, goes_up)
-        # Never both evaluations of a step.
-        was_skipped, same_step = self.is_skipping, evaluation.step == self.step
-        if why is None and was_skipped and same_step:
-            why = "for the other half of a step"
-        self.evaluation, self.sigma, self.step = evaluation, sigma, evaluation.step
-        self.is_skipping = why is None
-        evaluation.is_forecast = self.is_skipping
+            for known in self.known.values():
+                known.history.clear()
+        why = self._why_made(evaluation, is_same_step, goes_up)
+        self.evaluation, self.sigma, self.step, self.groups = evaluation, sigma, evaluation.step, []
+        self.is_skipping = evaluation.is_forecast = why is None
         if why is None:
             self.skipped += 1
             self.row += 1
         else:
-            self.made[why] += 1
-            self.row, self.error = 0, 0.0
+            self._note_made(why)
 
-    def _why_made(self, evaluation: Evaluation, goes_up: bool) -> str | None:
+    def _note_made(self, why: str) -> None:
+        self.made[why] += 1
+        self.row, self.error = 0, 0.0
+        self.to_take_back, self.foretold = self.foretold, {}
+
+    def _make(self, why: str) -> None:
+        """An evaluation that was to be skipped is made after all."""
+        assert self.evaluation is not None
+        self.is_skipping = self.evaluation.is_forecast = False
+        self.skipped -= 1
+        self._note_made(why)
+
+    def _why_made(self, evaluation: Evaluation, is_same_step: bool, goes_up: bool) -> str | None:
         """Why an evaluation is made; None if it need not be."""
         if self.adapts_steps:
-            return "since the sampler chooses its own steps by what they give"
+            return "since the sampler chooses its own steps"
         if not self.in_range(evaluation.sigma) or evaluation.sigma <= 0:
             return "outside the range"
         if self.number < FIRST:
             return "first"
         if goes_up:
             return "for a noise level that went up"
-        if self._is_last(evaluation):
+        if self._is_last(evaluation, is_same_step):
             return "last"
+        if self.is_skipping and is_same_step:
+            return OTHER_HALF
         if self.row >= self.config.max_skips:
             return "after as many skips as are allowed"
-        found = [self._expected(group, evaluation) for group in self.groups_before]
-        if not found or any(one is None for one in found):
+        errors = [self._left_by(self._best(group, evaluation.sigma), evaluation) for group in self.groups]
+        if not errors or any(error is None for error in errors):
             return "to learn"
-        error = max(one for one in found if one is not None)
+        error = max(error for error in errors if error is not None)
         self.least = error if self.least is None else min(self.least, error)
         if self.error + error > self.config.error_budget:
             return "by the budget"
-        if self.has_pairs and evaluation.step not in (self.step, len(self.steps) - 1):
-            after = [self._expected(group, evaluation, at_same_level=True) for group in self.groups_before]
-            if all(one is not None and one < error for one in after):
-                return "for the other half of a step"
+        if self._is_better_for_the_next(evaluation, is_same_step, error):
+            return OTHER_HALF
         self.error += error
-        self.worst = max(self.worst, self.error)
         return None
 
-    def _is_last(self, evaluation: Evaluation) -> bool:
-        """Whether it is one of the last. Of two at one noise level the second is made there, if one may be skipped."""
+    def _is_last(self, evaluation: Evaluation, is_same_step: bool) -> bool:
+        """Whether it is one of the last. Of two at one noise level the second is, and the first may be skipped."""
         left = len(self.steps) - evaluation.step
-        return left <= LAST if not self.has_pairs else left == 1 and evaluation.step == self.step
+        return (left <= 1 and is_same_step) if self.has_pairs else left <= LAST
 
-    def _expected(
-        self, group: tuple[Hashable, ...], evaluation: Evaluation, at_same_level: bool = False
-    ) -> float | None:
-        """What skipping leaves in the latent, relative to it; None if nothing is known yet.
+    def _is_better_for_the_next(self, evaluation: Evaluation, is_same_step: bool, error: float) -> bool:
+        """Whether skipping the second of two evaluations at one noise level leaves less than skipping the first."""
+        if not self.has_pairs or is_same_step or evaluation.step == len(self.steps) - 1:
+            return False
+        found = [self.scores[group].best(0.0, 1) if group in self.scores else None for group in self.groups]
+        errors = [self._left_by(best, evaluation) for best in found]
+        return all(other is not None and other < error for other in errors)
 
-        Args:
-            at_same_level: of a second evaluation there, if this one is made.
-        """
-        gap = 0.0 if at_same_level else self._gap(group, evaluation.sigma)
-        best = None if gap is None else self._choose(group, None, gap)
-        if best is None:
-            return None
-        following = self.steps.sigmas[evaluation.step + 1]
-        return best[0] * (1 - following / evaluation.sigma) if following < evaluation.sigma else best[0]
-
-    def _gap(self, group: tuple[Hashable, ...], sigma: float) -> float | None:
-        """How far it is from the last evaluation, in log sigma; None where a condition has too little history."""
-        newest = []
-        for key in group:
-            known = self.conditions_seen.get(key)
-            if (
-                known is None
-                or len(known.history) < 2
-                or self.number - known.history[0].number > self.config.max_skips + 1
-            ):
-                return None
-            newest.append(known.history[0].sigma)
-        return max(abs(math.log(one / sigma)) for one in newest)
-
-    def _choose(
-        self, group: tuple[Hashable, ...], weights: Sequence[float] | None, gap: float
-    ) -> tuple[float, Way] | None:
-        depth = min(len(self.conditions_seen[key].history) for key in group)
+    def _best(self, group: Group, sigma: float) -> tuple[float, Way] | None:
+        """The nearest way to foretell a group's conditions at a noise level, and the error that is expected; None where
+        one of them has too little history, or one that is too old."""
+        histories = [self.known[key].history for key in group if key in self.known]
         scores = self.scores.get(group)
-        return None if scores is None else scores.best(gap, depth)
+        if scores is None or len(histories) < len(group) or not all(map(self._is_enough, histories)):
+            return None
+        gap = max(_gap(history[0].sigma, sigma) for history in histories)
+        return scores.best(gap, min(map(len, histories)))
 
-    # What.
+    def _is_enough(self, history: Sequence[Exact]) -> bool:
+        return len(history) > 1 and self.number - history[0].number <= self.config.max_skips + 1
 
-    def _foretell(self, way: Way, evaluation: Evaluation, call: ConditionsCall) -> list[Tensor]:
-        found = []
-        weight = self._step_weight(evaluation)
-        for key in call.keys:
-            known = self.conditions_seen[key]
-            value = way.foretell(call.sigma, call.x, known.history)
-            known.skipped.append((weight, call.sigma, value))
-            found.append(value.clone())
+    def _left_by(self, best: tuple[float, Way] | None, evaluation: Evaluation) -> float | None:
+        """What a skip leaves in the latent, relative to it: a step gives the prediction that much of its weight."""
+        return None if best is None else best[0] * max(0.0, 1 - self._following(evaluation) / evaluation.sigma)
+
+    def _following(self, evaluation: Evaluation) -> float:
+        """The noise level that an evaluation's step goes to."""
+        return self.steps.sigmas[evaluation.step + 1] if evaluation.step < len(self.steps) else 0.0
+
+    # What is given.
+
+    def _foretell(self, way: Way, evaluation: Evaluation, call: ConditionsCall, group: Group) -> list[Tensor]:
+        found = [way.foretell(call.sigma, call.x, self.known[key].history) for key in group]
+        if not self.is_multistage:
+            kept = Foretold(call.sigma, self._weight(evaluation), [value.clone() for value in found])
+            self.foretold.setdefault(group, []).append(kept)
         self.ways[way.name] += 1
+        self.worst = max(self.worst, self.error)
         return found
 
-    def _evaluate(self, evaluation: Evaluation, call: ConditionsCall, group: tuple[Hashable, ...]) -> list[Tensor]:
+    def _evaluate(self, evaluation: Evaluation, call: ConditionsCall, group: Group) -> list[Tensor]:
         results = list(call.evaluate())
-        if evaluation.is_cached:
-            # No exact evaluation, and further from one than a forecast is: nothing is learned from it.
-            self.cached += 1
+        if evaluation.is_cached or call.sigma <= 0:
+            # DeepCache's are further from exact ones than forecasts are: nothing is learned from them.
+            self.cached += evaluation.is_cached
             return results
         self._score(call, group, results)
-        x, outputs = call.x.clone(), []
-        for key, result in zip(call.keys, results, strict=True):
-            known = self.conditions_seen[key]
-            outputs.append(self._taken_back(group, known, evaluation, call.sigma, result))
-            known.skipped.clear()
-            # Two evaluations at one noise level, as heun makes them: the later one stands for both.
-            kept = [made for made in known.history if abs(math.log(made.sigma / call.sigma)) > SAME_LEVEL]
-            known.history = [Made(call.sigma, x, result.clone(), self.number), *kept][:KEPT]
-        self._count_bytes()
+        outputs = self._with_errors_taken_back(evaluation, call, group, results)
+        x = call.x.clone()
+        for key, result in zip(group, results, strict=True):
+            known = self.known[key]
+            # Two at one noise level: the later one stands for both.
+            others = [exact for exact in known.history if _gap(exact.sigma, call.sigma) >= SAME_LEVEL]
+            known.history = [Exact(call.sigma, x, result.clone(), self.number), *others][:KEPT]
+        self._weigh()
         return outputs
 
-    def _step_weight(self, evaluation: Evaluation) -> float:
-        """By how much the prediction of an evaluation moves x / sigma, as any solver's step does in the end."""
-        following = self.steps.sigmas[evaluation.step + 1]
+    def _weight(self, evaluation: Evaluation) -> float:
+        """By how much a step moves x / sigma for each unit of its prediction, whatever the solver; 0 at the end."""
+        following = self._following(evaluation)
         return 1 / following - 1 / evaluation.sigma if 0 < following < evaluation.sigma else 0.0
 
-    def _taken_back(
-        self, group: tuple[Hashable, ...], known: Condition, evaluation: Evaluation, sigma: float, result: Tensor
-    ) -> Tensor:
-        """A prediction that also takes back what was foretold wrongly since the last one."""
-        weight = self._step_weight(evaluation)
-        if not known.skipped or not known.history or not weight or self.is_multistage or not self._is_smooth(group):
-            return result
-        now = Made(sigma, result, result, 0)
-        nodes = [now, *known.history[:2]]
-        way = Way("", len(nodes) - 1, False)
-        total = result.clone()
-        for skipped_weight, at, foretold in known.skipped:
-            share = skipped_weight / weight
-            should = _sum(
-                (coefficient, made.denoised)
-                for coefficient, made in zip(way.coefficients(at, [made.sigma for made in nodes]), nodes, strict=True)
-            )
-            total.add_(should, alpha=share).sub_(foretold, alpha=share)
-        return total
+    def _with_errors_taken_back(
+        self, evaluation: Evaluation, call: ConditionsCall, group: Group, results: list[Tensor]
+    ) -> list[Tensor]:
+        """Predictions that also move the latent back by what those foretold since the last evaluation moved it wrongly.
+        What lies between two evaluations is known from both, unless the sampler adds noise of its own."""
+        weight, scores = self._weight(evaluation), self.scores.get(group)
+        foretold = self.to_take_back.pop(group, None)
+        if not foretold or not weight or self.is_multistage or scores is None or not scores.are_derivatives_as_good:
+            return results
+        outputs = []
+        for place, (key, result) in enumerate(zip(group, results, strict=True)):
+            nodes = [(call.sigma, result), *((one.sigma, one.denoised) for one in self.known[key].history[:2])]
+            way, output = Way("between", len(nodes) - 1, False), result.clone()
+            for one in foretold:
+                coefficients = way.coefficients(one.sigma, [sigma for sigma, _ in nodes])
+                should_be = _sum(zip(coefficients, (denoised for _, denoised in nodes), strict=True))
+                output.add_(should_be.sub_(one.denoised[place]), alpha=one.weight / weight)
+            outputs.append(output)
+        return outputs
 
-    def _is_smooth(self, group: tuple[Hashable, ...]) -> bool:
-        """Whether the sampler adds no noise of its own, as the derivatives tell: what lies between two evaluations is
-        then known from both."""
-        scores = self.scores.get(group)
-        return scores is not None and scores.are_derivatives_as_good
+    # What is learned.
 
-    def _score(self, call: ConditionsCall, group: tuple[Hashable, ...], results: Sequence[Tensor]) -> None:
-        """Score every way on what it would have foretold here; read from the device when it is needed."""
-        gap = self._gap(group, call.sigma)
-        if gap is None:
+    def _score(self, call: ConditionsCall, group: Group, results: Sequence[Tensor]) -> None:
+        """Score every way by what it would have foretold here: together, and each condition by itself, for when it is
+        asked for alone."""
+        histories = [self.known[key].history for key in group]
+        if not all(map(self._is_enough, histories)):
             return
-        histories = [self.conditions_seen[key].history for key in call.keys]
-        depth = min(map(len, histories))
-        ways = [way for way in WAYS if way.order < (1 if gap < SAME_LEVEL else depth)]
+        gap = max(_gap(history[0].sigma, call.sigma) for history in histories)
+        depth = 1 if gap < SAME_LEVEL else min(map(len, histories))
+        ways = [way for way in WAYS if way.order < depth]
         parts = [[way.foretell(call.sigma, call.x, history) for way in ways] for history in histories]
-        if call.weights is not None:
-            combined = _sum(zip(call.weights, results, strict=True))
-            foretold = [_sum(zip(call.weights, values, strict=True)) for values in zip(*parts, strict=True)]
-            self._note(group, gap, ways, [_error(value, combined) for value in foretold])
-        self.is_combination_known &= call.weights is not None
         each = [[_error(value, result) for value in values] for values, result in zip(parts, results, strict=True)]
-        if call.weights is None:
-            self._note(group, gap, ways, [torch.stack(errors).amax(0) for errors in zip(*each, strict=True)])
         if len(group) > 1:
             for key, errors in zip(group, each, strict=True):
-                self._note((key,), gap, ways, errors)
-
-    def _note(self, group: tuple[Hashable, ...], gap: float, ways: list[Way], errors: list[Tensor]) -> None:
+                self.unread.append(((key,), gap, ways, torch.stack(errors)))
+        weights = call.weights
+        self.is_combination_known &= weights is not None
+        if weights is None:
+            errors = [torch.stack(some).amax() for some in zip(*each, strict=True)]
+        else:
+            combined = _sum(zip(weights, results, strict=True))
+            errors = [_error(_sum(zip(weights, some, strict=True)), combined) for some in zip(*parts, strict=True)]
         self.unread.append((group, gap, ways, torch.stack(errors)))
 
     def _read(self) -> None:
-        """All scores that are still on the device, at once."""
+        """Scores that are still on the device, all at once: now that they are needed, and it had to wait anyway."""
         if not self.unread:
             return
         values = iter(torch.cat([errors for *_, errors in self.unread]).tolist())
@@ -467,34 +484,11 @@ class ForecastRun(MethodRun):
                 scores.add(way, gap, next(values))
         self.unread.clear()
 
-    # What is remembered.
-
-    def _known(self, key: Hashable, state: Hashable, x: Tensor) -> None:
-        """A condition's memory; a new one if it is not what it was."""
-        known = self.conditions_seen.get(key)
-        if known is None or known.state != state or (known.history and known.history[0].x.shape != x.shape):
-            self.conditions_seen[key] = Condition(state)
-
-    def _forget(self) -> None:
-        for known in self.conditions_seen.values():
-            known.history.clear()
-            known.skipped.clear()
-
-    def _make(self, evaluation: Evaluation, why: str) -> None:
-        """An evaluation that was to be skipped is made after all."""
-        self.is_skipping = evaluation.is_forecast = False
-        self.skipped -= 1
-        self.row, self.error = 0, 0.0
-        self.made[why] += 1
-
-    def _count_bytes(self) -> None:
-        tensors = {
-            id(tensor): tensor.nbytes
-            for known in self.conditions_seen.values()
-            for made in known.history
-            for tensor in (made.x, made.denoised)
-        }
-        self.bytes = max(self.bytes, sum(tensors.values()))
+    def _weigh(self) -> None:
+        """The memory that all of this takes."""
+        kept = [one for known in self.known.values() for exact in known.history for one in (exact.x, exact.denoised)]
+        kept += [one for some in self.foretold.values() for foretold in some for one in foretold.denoised]
+        self.bytes = max(self.bytes, sum({id(one): one.nbytes for one in kept}.values()))
 
     def verdict(self) -> tuple[State, str]:
         evaluations = self.skipped + sum(self.made.values())
@@ -523,17 +517,24 @@ class ForecastRun(MethodRun):
             return "this sampler chooses its own steps by what the model gives, which a forecast would mislead"
         budget = f"error_budget is {self.config.error_budget:g}"
         if self.least is not None:
-            return f"the least that a skip would leave is about {self.least:.2g}, and {budget}. Raise it, or take more steps"
-        needed = FIRST + LAST
-        if sum(self.made.values()) <= needed + 1:
+            least = f"the least that a skip would leave is about {self.least:.2g}"
+            return f"{least}, and {budget}. Raise it, or take more steps"
+        made = sum(self.made.values())
+        if made <= FIRST + LAST + 1:
             return (
-                f"of {sum(self.made.values())} evaluations the first {FIRST} and the last {LAST} are made in any case. "
-                "In runs of so few steps there is nothing to save but whole steps"
+                f"of {made} evaluations the first {FIRST} and the last {LAST} are made in any case. In runs of so few "
+                "steps there is nothing to save but whole steps"
             )
         return "no evaluation could be foretold: each had other prompts, another size or a noise level out of the range"
 
 
+def _gap(sigma: float, other: float) -> float:
+    """How far two noise levels are apart, in log sigma."""
+    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
+
+
 def _error(value: Tensor, exact: Tensor) -> Tensor:
-    """Of a batch (B, ...), relative to it: that of the worst."""
+    """Of a batch (B, ...), relative to it: that of the worst. Of shape ()."""
     off, size = (one.flatten(1).float().norm(dim=1) for one in (value - exact, exact))
-    return (off / size.clamp(min=1e-12)).amax()
+    worst: Tensor = (off / size.clamp(min=1e-12)).amax()
+    return worst

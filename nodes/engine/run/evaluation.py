@@ -39,7 +39,7 @@ class Now:
         self._steps = steps
 
     def begin_evaluation(self, latent: torch.Size, timestep: torch.Tensor) -> Evaluation:
-        """The sampler asks for a prediction of a latent at a noise level: the one read from the device that it takes."""
+        """The sampler asks for a prediction of a latent at a noise level, which is read from the device here alone."""
         sigma = float(timestep.flatten()[0])
         step = self._steps.at(sigma, self.record.step)
         self.evaluation = Evaluation(step, sigma)
