@@ -2,6 +2,7 @@
 
 NODES: tuple[tuple[str, str], ...] = (
     ("recipe", "SlipstreamRecipe"),
+    ("forecast", "SlipstreamForecast"),
     ("deepcache", "SlipstreamDeepCache"),
     ("cfg_cutoff", "SlipstreamCFGCutoff"),
     ("freeu", "SlipstreamFreeU"),

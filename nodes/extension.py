@@ -25,7 +25,7 @@ class SlipstreamExtension(ComfyExtension):
             try:
                 node = getattr(importlib.import_module(f".{file}", __package__), name)
                 node.GET_SCHEMA()  # The host asks each for it, and at the first one that fails drops the whole pack.
-                loaded.append(node)
+                loaded.append(importlib.import_module(".engine.inputs", __package__).checked(node))
             # Some packages end the process where they cannot work.
             except (Exception, SystemExit) as error:
                 logger.debug("Slipstream: where %s failed", name, exc_info=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,397 @@ def model(
     }
     family, config = others.get(name) or CONFIGS[name]
     return build(family(dict(config)), seed, dtype, device)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A family of the host's transformers in small.
+
+    Attributes:
+        family: the host's class in `comfy.supported_models`.
+        config: its model's settings.
+        width: of the prompt's tokens.
+        latent: (C, ...) of the smallest latent that is of use.
+        tokens: of the prompt.
+        values: beside the tokens, what its prompt carries: shapes of tensors without the batch, or values as they are.
+            A guidance is one that bf16 can hold a thousandfold, as Flux embeds it.
+    """
+
+    family: Any
+    config: dict[str, Any]
+    width: int
+    latent: tuple[int, ...]
+    tokens: int = 8
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+FLUX_LIKE = {
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 2,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "context_in_dim": 64,
+    "txt_ids_dims": [],
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 32,
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 64,
+    "ffn_dim": 128,
+    "freq_dim": 32,
+    "text_dim": 64,
+    "text_len": 16,
+    "in_dim": 16,
+    "out_dim": 16,
+    "num_heads": 2,
+    "num_layers": 2,
+    "patch_size": (1, 2, 2),
+}
+COSMOS = {
+    "max_img_h": 32,
+    "max_img_w": 32,
+    "max_frames": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 64,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "crossattn_emb_channels": 64,
+    "pos_emb_cls": "rope3d",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+}
+NEXT = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 64,
+    "cap_feat_dim": 64,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "multiple_of": 32,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [64, 64, 64],
+}
+
+FAMILIES: dict[str, Transformer] = {
+    "AuraFlow": Transformer(*DIT, width=64, latent=(4, 16, 16)),
+    "Chroma": Transformer(
+        families.Chroma,
+        {
+            **FLUX_LIKE,
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "in_dim": 64,
+            "out_dim": 64,
+            "hidden_dim": 64,
+            "n_layers": 1,
+        },
+        width=64,
+        latent=(16, 16, 16),
+    ),
+    "Cosmos": Transformer(
+        families.CosmosT2V,
+        {
+            **COSMOS,
+            "image_model": "cosmos",
+            "block_x_format": "THWBD",
+            "affline_emb_norm": True,
+            "extra_per_block_abs_pos_emb": True,
+            "extra_per_block_abs_pos_emb_type": "learnable",
+        },
+        width=64,
+        latent=(16, 2, 16, 16),
+    ),
+    "Cosmos Predict2": Transformer(
+        families.CosmosT2IPredict2,
+        {**COSMOS, "image_model": "cosmos_predict2", "pos_emb_learnable": True, "rope_enable_fps_modulation": False},
+        width=64,
+        latent=(16, 1, 16, 16),
+    ),
+    "Flux": Transformer(
+        families.Flux,
+        {**FLUX_LIKE, "image_model": "flux", "guidance_embed": True},
+        width=64,
+        latent=(16, 16, 16),
+        values={"pooled_output": (32,), "guidance": 4.0},
+    ),
+    "HiDream": Transformer(
+        families.HiDream,
+        {
+            "image_model": "hidream",
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "axes_dims_rope": [16, 8, 8],
+            "caption_channels": [64, 64],
+            "llama_layers": [0, 1],
+            "max_resolution": [32, 32],
+            "num_routed_experts": 4,
+            "num_activated_experts": 2,
+            "text_emb_dim": 32,
+        },
+        width=64,
+        latent=(16, 16, 16),
+        values={"pooled_output": (32,), "conditioning_llama3": (2, 8, 64)},
+    ),
+    "HunyuanDiT": Transformer(
+        families.HunyuanDiT,
+        {
+            "image_model": "hydit",
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "text_states_dim": 64,
+            "text_states_dim_t5": 32,
+            "text_len": 8,
+            "text_len_t5": 8,
+        },
+        width=64,
+        latent=(4, 16, 16),
+        values={
+            "conditioning_mt5xl": (8, 32),
+            "attention_mask": torch.ones(1, 8, dtype=torch.int64),
+            "attention_mask_mt5xl": torch.ones(1, 8, dtype=torch.int64),
+        },
+    ),
+    "HunyuanVideo": Transformer(
+        families.HunyuanVideo,
+        {
+            **{key: value for key, value in FLUX_LIKE.items() if key != "txt_ids_dims"},
+            "image_model": "hunyuan_video",
+            "patch_size": [1, 2, 2],
+            "theta": 256,
+            "guidance_embed": True,
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        },
+        width=64,
+        latent=(16, 2, 16, 16),
+        values={"pooled_output": (32,), "guidance": 8.0},
+    ),
+    "Kandinsky 5": Transformer(
+        families.Kandinsky5Image,
+        {
+            "image_model": "kandinsky5",
+            "in_visual_dim": 16,
+            "out_visual_dim": 16,
+            "visual_embed_dim": 64,
+            "in_text_dim": 64,
+            "in_text_dim2": 32,
+            "time_dim": 32,
+            "model_dim": 64,
+            "ff_dim": 128,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (8, 12, 12),
+            "rope_scale_factor": (1.0, 1.0, 1.0),
+        },
+        width=64,
+        latent=(16, 1, 16, 16),
+        values={"pooled_output": (32,)},
+    ),
+    "LTXV": Transformer(
+        families.LTXV,
+        {
+            "image_model": "ltxv",
+            "in_channels": 128,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "caption_channels": 64,
+            "num_layers": 2,
+        },
+        width=64,
+        latent=(128, 2, 8, 8),
+        values={"attention_mask": torch.ones(1, 8, dtype=torch.int64)},
+    ),
+    "Lumina 2": Transformer(families.Lumina2, NEXT, width=64, latent=(16, 16, 16)),
+    "Mochi": Transformer(
+        families.GenmoMochi,
+        {
+            "image_model": "mochi_preview",
+            "depth": 2,
+            "patch_size": 2,
+            "num_heads": 2,
+            "hidden_size_x": 32,
+            "hidden_size_y": 32,
+            # The host demands this width.
+            "mlp_ratio_x": 1536 * 8 / 32,
+            "mlp_ratio_y": 2.0,
+            "learn_sigma": False,
+            "in_channels": 12,
+            "qk_norm": True,
+            "qkv_bias": False,
+            "out_bias": True,
+            "attn_drop": 0.0,
+            "posenc_preserve_area": True,
+            "timestep_scale": 1000.0,
+            "use_t5": True,
+            "t5_feat_dim": 64,
+            "t5_token_length": 8,
+        },
+        width=64,
+        latent=(12, 2, 16, 16),
+        values={"attention_mask": torch.ones(1, 8, dtype=torch.int64)},
+    ),
+    "OmniGen 2": Transformer(
+        families.Omnigen2,
+        {
+            "image_model": "omnigen2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 32,
+            "axes_dim_rope": [8, 12, 12],
+            "axes_lens": [64, 64, 64],
+            "text_feat_dim": 64,
+            "timestep_scale": 1000.0,
+        },
+        width=64,
+        latent=(16, 16, 16),
+        values={"attention_mask": torch.ones(1, 8, dtype=torch.int64)},
+    ),
+    "PixArt": Transformer(
+        families.PixArtSigma,
+        {
+            "image_model": "pixart_sigma",
+            "input_size": 40,
+            "pe_interpolation": 1,
+            "hidden_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_ratio": 2.0,
+            "caption_channels": 64,
+            "model_max_length": 8,
+            "micro_condition": False,
+        },
+        width=64,
+        # Its positions are for no less than 33.
+        latent=(4, 40, 40),
+    ),
+    "Qwen-Image": Transformer(
+        families.QwenImage,
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": [8, 12, 12],
+        },
+        width=64,
+        latent=(16, 1, 16, 16),
+    ),
+    "SD3": Transformer(
+        families.SD3,
+        {
+            "input_size": None,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "depth": 2,
+            "num_blocks": 2,
+            "adm_in_channels": 32,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 64, "out_features": 128},
+            },
+            "context_size": 64,
+            "pos_embed_max_size": 32,
+            "pos_embed_scaling_factor": None,
+            "num_patches": 1024,
+            "qk_norm": "rms",
+        },
+        width=64,
+        latent=(16, 16, 16),
+        values={"pooled_output": (32,)},
+    ),
+    "Wan 2.1": Transformer(families.WAN21_T2V, WAN, width=64, latent=(16, 2, 16, 16)),
+    "Wan 2.1 I2V": Transformer(
+        families.WAN21_I2V,
+        {**WAN, "model_type": "i2v", "in_dim": 36},
+        width=64,
+        latent=(16, 2, 16, 16),
+    ),
+    "Z-Image": Transformer(
+        families.ZImage,
+        {
+            **NEXT,
+            # Its modulation is at least that wide.
+            "dim": 256,
+            "n_kv_heads": 2,
+            "axes_dims": [32, 48, 48],
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+        width=64,
+        latent=(16, 16, 16),
+    ),
+}
+"""The families of transformers that the host samples, each in milliseconds an evaluation."""
+
+
+def transformer(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> ModelPatcher:
+    """A small model of a family in `FAMILIES`, random weights throughout."""
+    one = FAMILIES[name]
+    patcher = build(one.family(dict(one.config)), seed, dtype, device)
+    module, generator = patcher.model.diffusion_model, torch.Generator().manual_seed(seed)
+    # Buffers that a file would bring are as uninitialized as weights.
+    for key, value in module.state_dict().items():
+        if key not in dict(module.named_parameters()):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    return patcher
+
+
+def transformer_prompt(name: str, seed: int, batch: int = 1) -> list[Any]:
+    """A CONDITIONING for a model of a family, as its own text encoders would make it."""
+    one, generator = FAMILIES[name], torch.Generator().manual_seed(seed)
+    context = torch.randn(batch, one.tokens, one.width, generator=generator)
+    values = {}
+    for key, value in one.values.items():
+        if isinstance(value, tuple):
+            value = torch.randn(batch, *value, generator=generator)
+        elif isinstance(value, torch.Tensor):
+            value = value.expand(batch, *value.shape[1:]).clone()
+        values[key] = value
+    return [[context, values]]
+
+
+def transformer_latent(name: str, batch: int = 1) -> torch.Tensor:
+    """An empty latent for a model of a family: (B, C, H, W), or (B, C, T, H, W) of a video model."""
+    return torch.zeros(batch, *FAMILIES[name].latent)
 
 
 KL = {

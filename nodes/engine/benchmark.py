@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
 from .host import machine
 from .host.machine import clock
+from .inputs import check_prompt, explaining, refusing, undecoded, unsampled
 from .latents import as_sampled
 from .node import node_of
 from .plan import models
@@ -73,7 +74,12 @@ class SamplerCall:
                 "Benchmark: latent_image should be one latent, but holds several in one (as for video with sound). "
                 "Measure such a workflow with Slipstream's Report node."
             )
-        return as_sampled(model, self.latent)
+        with self._explaining(model):
+            return as_sampled(model, self.latent)
+
+    def _explaining(self, model: Any) -> AbstractContextManager[None]:
+        prompts = {"positive": self.positive, "negative": self.negative}
+        return explaining("Benchmark", unsampled(model, ("latent_image", self.latent["samples"]), prompts))
 
     def prepare(
         self, model: Any, callback: Callable[..., None] | None = None, last_step: int | None = None
@@ -81,23 +87,29 @@ class SamplerCall:
         """The sampler call on a model, as the KSampler node makes it, with everything before it done."""
         latent = self.latent_for(model)
         noise = comfy.sample.prepare_noise(latent, self.seed, self.latent.get("batch_index"))
-        return lambda: comfy.sample.sample(
-            model,
-            noise,
-            self.steps,
-            self.cfg,
-            self.sampler_name,
-            self.scheduler,
-            self.positive,
-            self.negative,
-            latent,
-            denoise=self.denoise,
-            last_step=last_step,
-            noise_mask=self.latent.get("noise_mask"),
-            callback=callback,
-            disable_pbar=True,
-            seed=self.seed,
-        )
+
+        def sample() -> torch.Tensor:
+            with self._explaining(model):
+                samples: torch.Tensor = comfy.sample.sample(
+                    model,
+                    noise,
+                    self.steps,
+                    self.cfg,
+                    self.sampler_name,
+                    self.scheduler,
+                    self.positive,
+                    self.negative,
+                    latent,
+                    denoise=self.denoise,
+                    last_step=last_step,
+                    noise_mask=self.latent.get("noise_mask"),
+                    callback=callback,
+                    disable_pbar=True,
+                    seed=self.seed,
+                )
+            return samples
+
+        return sample
 
 
 @dataclass(frozen=True)
@@ -179,9 +191,10 @@ class Subject:
         vae.throw_exception_if_invalid()
         # What it needs is brought to the device, and what is in its way taken off, before the clock starts.
         images_alone = latent[:, :, 0] if vae.latent_dim == 2 and latent.ndim == 5 else latent
-        memory = vae.memory_used_decode(images_alone.shape, vae.vae_dtype)
-        comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
-        images, seconds, peaks = timed(vae.device, lambda: vae.decode(latent))
+        with explaining("Benchmark", undecoded(vae, images_alone)):
+            memory = vae.memory_used_decode(images_alone.shape, vae.vae_dtype)
+            comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
+            images, seconds, peaks = timed(vae.device, lambda: vae.decode(latent))
         if images.ndim not in (4, 5) or images.shape[-1] not in (3, 4):
             self.note("its VAE gives no pictures: only the latents are compared")
             return None, seconds, peaks
@@ -477,8 +490,14 @@ def benchmark(
         ablation: one of `ABLATIONS`.
 
     Raises:
+        ValueError: a prompt is empty, or what came in is not this model's.
         RuntimeError: what compares pictures can't be imported.
     """
+    with refusing(node):
+        check_prompt("Benchmark", "positive", call.positive)
+        check_prompt("Benchmark", "negative", call.negative, call.cfg)
+        for model in (baseline, candidate):
+            call.latent_for(model)
     if vae is not None:
         _check_kornia()
     baseline, candidate = (machine.as_sampled(model, call.positive, call.negative) for model in (baseline, candidate))

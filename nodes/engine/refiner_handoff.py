@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..methods.method import State
 from ..methods.refiner_handoff import SPLITS, TITLE, Ensemble, ImageToImage
 from . import latents
 from .host import machine
+from .inputs import check_prompt, check_width, explaining, unsampled
 from .node import node_of, option
 from .plan import models
 from .plan.plan import plan_of
@@ -108,6 +110,11 @@ class Part:
     @property
     def model_sampling(self) -> Any:
         return self.model.get_model_object("model_sampling")
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """By the names of their inputs."""
+        return {f"{self.name}_positive": self.positive, f"{self.name}_negative": self.negative}
 
     def heard(self) -> Any:
         """The model, its runs told as this part's on the nodes of its plan."""
@@ -219,7 +226,8 @@ class Handoff:
         """The output of the node: the LATENT, and the base's at the handoff."""
         try:
             self._check(settings)
-            image = latents.as_sampled(self.base.model, self.call.latent)
+            with self._explaining(self.base, self.call.latent["samples"]):
+                image = latents.as_sampled(self.base.model, self.call.latent)
             samples, of_base = (
                 self._ensemble(settings, image)
                 if isinstance(settings, Ensemble)
@@ -309,20 +317,21 @@ class Handoff:
             self._done = step + 1
             show(step, x0, x, self._total)
 
-        samples: torch.Tensor = comfy.sample.sample_custom(
-            part.heard(),
-            noise,
-            part.cfg,
-            leg.on(self.call.sampler),
-            leg.sigmas,
-            part.positive,
-            part.negative,
-            image,
-            noise_mask=self.call.latent.get("noise_mask"),
-            callback=callback,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+        with self._explaining(part, image):
+            samples: torch.Tensor = comfy.sample.sample_custom(
+                part.heard(),
+                noise,
+                part.cfg,
+                leg.on(self.call.sampler),
+                leg.sigmas,
+                part.positive,
+                part.negative,
+                image,
+                noise_mask=self.call.latent.get("noise_mask"),
+                callback=callback,
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=seed,
+            )
         self._done = done + leg.steps
         if leg.end is not None and not bool(torch.isfinite(leg.end).all()):
             raise RuntimeError(
@@ -330,6 +339,12 @@ class Handoff:
                 "NaN or infinity. Look at the nodes on that model, and at the type of its weights."
             )
         return samples
+
+    def _explaining(self, part: Part, latent: Any) -> AbstractContextManager[None]:
+        """Around the host's work on what came in."""
+        return explaining(
+            f"{TITLE} (node {self.node.id})", unsampled(part.model, ("latent_image", latent), part.prompts)
+        )
 
     def _release_base(self, image: torch.Tensor) -> bool:
         """Take the base off its device, if the refiner would not fit beside it. Returns whether it was."""
@@ -348,9 +363,13 @@ class Handoff:
 
         Raises:
             RuntimeError: the refiner can't go on with the base's latent.
-            ValueError: there is no prompt for the refiner.
+            ValueError: there is no prompt for the refiner, or one is empty or made for another model.
         """
         base, refiner = self.base, self.refiner
+        for part in (base, refiner):
+            for name, conditioning in part.prompts.items():
+                if part is base or conditioning is not None:
+                    check_prompt(TITLE, name, conditioning, part.cfg if name.endswith("negative") else None)
         described = [models.describe(part.model, part.model.model_options) for part in (base, refiner)]
         names = f"the base is {described[0].name} and the refiner {described[1].name}"
         formats = [part.model.get_model_object("latent_format") for part in (base, refiner)]
@@ -368,6 +387,10 @@ class Handoff:
             wired, of_base = getattr(refiner, name), getattr(base, name)
             prompts[name] = self._translated(name, of_base, *described) if wired is None else wired
         self.refiner = Part(refiner.name, refiner.model, **prompts, cfg=refiner.cfg)
+        # Before the base's steps, which would be for nothing.
+        for part in (base, self.refiner):
+            for name, conditioning in part.prompts.items():
+                check_width(TITLE, name, conditioning, part.model)
 
     def _translated(self, name: str, conditioning: Any, base: models.Model, refiner: models.Model) -> Any:
         """The base's prompt for the refiner. Its CLIP-G part and the pooled output are what the refiner's own text

@@ -72,9 +72,10 @@ class CFGCutoffRun(MethodRun):
         self.sigma = run.percent_to_sigma(config.cutoff) if config.unit == "timesteps" else None
         self.evaluations = 0
         self.is_guided = False
-        self.left_out_arithmetic = False
+        self.left_out: set[str] = set()
         self.alone = 0
         self.began_at: int | None = None
+        self.foretold = 0
         self.predictions = 0
         self.saved = 0
         self.still_evaluated = 0
@@ -89,14 +90,19 @@ class CFGCutoffRun(MethodRun):
         self.evaluations += 1
         is_guided = guidance.is_guided
         self.is_guided |= is_guided
-        if not is_guided or not self.is_past(evaluation):
-            denoised = guidance.guided()
+        is_alone = is_guided and self.is_past(evaluation)
+        denoised = guidance.positive_alone() if is_alone else guidance.guided()
+        self.left_out.update(guidance.left_out)
+        if evaluation.is_forecast:
+            # Nothing was evaluated, with guidance or without: Forecast tells of it.
+            self.foretold += is_alone
+            self.evaluations -= 1
+            return denoised
+        if not is_alone:
             if is_guided:
                 self.guided_predictions = evaluation.predictions
         else:
-            denoised = guidance.positive_alone()
             self.alone += 1
-            self.left_out_arithmetic |= guidance.has_own_arithmetic
             if self.began_at is None:
                 self.began_at = evaluation.step
             # A guided evaluation of this very run says what one takes, with every patch on the
@@ -123,10 +129,12 @@ class CFGCutoffRun(MethodRun):
         if self.still_evaluated > 1:
             text += (
                 f"; up to {self.still_evaluated} predictions an evaluation remained "
-                "(regional prompts, or a node such as SAG or PAG that evaluates more by itself)"
+                "(regional prompts, or a node such as PAG that evaluates more by itself)"
             )
-        if self.left_out_arithmetic:
-            text += "; another node's own way of combining predictions was left out with the guidance"
+        if self.foretold:
+            text += f"; {self.foretold} more were skipped by Forecast"
+        if self.left_out:
+            text += f"; left out with the guidance: {', '.join(sorted(self.left_out))}"
         return "active", text
 
     def _why_inert(self) -> str:
@@ -134,6 +142,8 @@ class CFGCutoffRun(MethodRun):
             return "the model was not evaluated"
         if not self.is_guided:
             return "this run is not guided anyway (cfg 1.0, or a guider without a negative prompt)"
+        if self.foretold:
+            return "Forecast skipped every evaluation past the cutoff"
         by_steps = f"step {self.first_step} of {len(self.steps)}"
         where = by_steps if self.sigma is None else f"{self.config.cutoff:.0%} of the timesteps"
         return f"the cutoff, at {where}, was not reached"

@@ -159,6 +159,7 @@ class DeepCacheRun(MethodRun):
             for key in outdated:
                 del self.features[key]
         if deep is not None:
+            evaluation.is_cached = True
             return call.partial(self.branch, deep)
         if source is None or not call.keys:
             return call.full()[0]

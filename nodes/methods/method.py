@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,6 +113,7 @@ class Run:
         percent_to_sigma: noise level at a fraction of the training timesteps, 0 the noisiest.
         is_compiled: whether something compiles the model in this run.
         plan: the settings of all methods that take part in it.
+        adapts_steps: whether the sampler chooses its steps by what the model gives.
     """
 
     model: Model
@@ -120,6 +121,7 @@ class Run:
     percent_to_sigma: Callable[[float], float]
     is_compiled: bool = False
     plan: tuple[Configuration, ...] = ()
+    adapts_steps: bool = False
 
     def sigma_range(self, start_percent: float, end_percent: float) -> Callable[[float], bool]:
         """Whether a sigma lies between two fractions of the training timesteps, ends included."""
@@ -142,11 +144,15 @@ class Evaluation:
         step: the step it belongs to.
         sigma: its noise level.
         predictions: conditions that have gone through the network so far in this evaluation.
+        is_forecast: whether it is foretold, and not made.
+        is_cached: whether a part of the model was reused in it from an earlier one.
     """
 
     step: int
     sigma: float
     predictions: int = 0
+    is_forecast: bool = False
+    is_cached: bool = False
 
 
 class Guidance(Protocol):
@@ -157,8 +163,8 @@ class Guidance(Protocol):
         """Whether anything besides the positive would be evaluated."""
 
     @property
-    def has_own_arithmetic(self) -> bool:
-        """Whether another node combines the predictions in its own way."""
+    def left_out(self) -> Collection[str]:
+        """Names of the nodes that `positive_alone` left out, as they need what was not evaluated."""
 
     @property
     def conditions(self) -> int:
@@ -169,6 +175,34 @@ class Guidance(Protocol):
 
     def positive_alone(self) -> Tensor:
         """The positive prediction, (B, C, H, W), with nothing else evaluated."""
+
+
+class ConditionsCall(Protocol):
+    """The host's evaluation of the conditions that a guider asks for at once: the positive and the negative, or others;
+    all of them, or one."""
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What identifies each of them from one evaluation to the next: the prompts, the model, the window."""
+
+    @property
+    def states(self) -> tuple[Hashable, ...]:
+        """What of each is in force at this noise level: with another one, its prediction may jump."""
+
+    @property
+    def x(self) -> Tensor:
+        """The latent, (B, C, ...)."""
+
+    @property
+    def sigma(self) -> float:
+        """Its noise level."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of each prediction in what the sampler gets; None where that is not their sum."""
+
+    def evaluate(self) -> Sequence[Tensor]:
+        """The model's denoised latent for each, (B, C, ...)."""
 
 
 @dataclass
@@ -393,6 +427,10 @@ class MethodRun:
 
     def predict_noise(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
         """Around one evaluation. Returns the denoised latent."""
+        raise NotImplementedError
+
+    def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
+        """Around the model's part in an evaluation, of all conditions at once. Returns what `call.evaluate` does."""
         raise NotImplementedError
 
     def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:

@@ -181,19 +181,6 @@ def test_the_second_model_of_a_two_model_guider_is_not_evaluated_past_the_cutoff
     assert (positive.unet_calls, negative.unet_calls) == (6, 3)
 
 
-def test_sag_gives_no_nan_and_the_verdict_says_what_remains(model, last_lines):
-    from comfy_extras.nodes_sag import SelfAttentionGuidance
-
-    patched = SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0]
-    with Counter(model) as counted:
-        out = sample(cutoff(patched), steps=6)
-    assert counted.rows == [2, 1] * 3 + [1, 1] * 3
-    assert out.isfinite().all()
-    ((state, text),) = last_lines("2")
-    assert state == "active"
-    assert "15 of 18 predictions evaluated; up to 2 predictions an evaluation remained" in text
-
-
 def test_the_old_perpneg_node_divides_by_nothing(model, last_lines):
     from comfy_extras.nodes_perpneg import PerpNeg
 
@@ -203,25 +190,6 @@ def test_the_old_perpneg_node_divides_by_nothing(model, last_lines):
     assert out.isfinite().all()
     assert sum(counted.rows) == 3 * 3 + 3
     assert "12 of 18 predictions evaluated" in last_lines("2")[0][1]
-
-
-@pytest.mark.parametrize("name", ["RescaleCFG", "Mahiro", "CFGZeroStar", "CFGNorm", "RenormCFG"])
-def test_what_reshapes_guidance_comes_to_the_positive_alone(name, model):
-    from comfy_extras import nodes_cfg, nodes_lumina2, nodes_mahiro, nodes_model_advanced
-
-    execute = {
-        "RescaleCFG": lambda: nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0],
-        "Mahiro": lambda: nodes_mahiro.Mahiro.execute(model).result[0],
-        "CFGZeroStar": lambda: nodes_cfg.CFGZeroStar.execute(model).result[0],
-        "CFGNorm": lambda: nodes_cfg.CFGNorm.execute(model, 1.0).result[0],
-        "RenormCFG": lambda: nodes_lumina2.RenormCFG.execute(model, 100.0, 1.0).result[0],
-    }[name]
-    patched = execute()
-    guided = sample(patched)
-    out = sample(cutoff(patched, 0.0))
-    unguided = sample(model, cfg=1.0)
-    assert (out - unguided).norm() / unguided.norm() < 1e-4
-    assert (guided - unguided).norm() / unguided.norm() > 1e-4
 
 
 def test_regional_prompts_keep_all_their_regions(model, last_lines):
@@ -250,15 +218,6 @@ def test_conditions_outside_their_timesteps_are_not_counted_as_saved(model, last
     with Counter(model) as counted:
         sample(cutoff(model, 0.0), early + late, steps=6)
     assert f"{counted.unet_calls} of {stock.unet_calls} predictions evaluated" in last_lines("2")[0][1]
-
-
-def test_a_guidance_function_of_another_node_that_is_left_out_is_told(model, last_lines):
-    patched = model.clone()
-    patched.set_model_sampler_cfg_function(lambda args: args["cond"] * 1.1)
-    sample(cutoff(patched))
-    assert last_lines("2")[0][1].endswith(
-        "another node's own way of combining predictions was left out with the guidance"
-    )
 
 
 def test_what_another_pack_has_in_place_of_the_hosts_sampling_function_is_what_evaluates(model, monkeypatch):

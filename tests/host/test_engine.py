@@ -29,6 +29,7 @@ from hosted import (
 )
 
 ON = {
+    "SlipstreamForecast": {"error_budget": 0.5},
     "SlipstreamDeepCache": {"cache_interval": 2},
     "SlipstreamCFGCutoff": {"cutoff": 0.5},
     "SlipstreamFreeU": {"preset": "SD 1.5"},
@@ -41,6 +42,7 @@ ON = {
     "SlipstreamRecipe": {"goal": "best quality"},
 }
 OFF = {
+    "SlipstreamForecast": {"error_budget": 0.0},
     "SlipstreamDeepCache": {"cache_interval": 1},
     "SlipstreamCFGCutoff": {"cutoff": 1.0},
     "SlipstreamFreeU": {"preset": "custom", "b1": 1.0, "b2": 1.0, "s1": 1.0, "s2": 1.0},
@@ -48,6 +50,7 @@ OFF = {
     "SlipstreamCPU": {"winograd": "off", "bf16": False, "sdpa": False},
 }
 OTHER = {
+    "SlipstreamForecast": {"error_budget": 0.5, "max_skips": 1},
     "SlipstreamDeepCache": {"cache_interval": 3},
     "SlipstreamCFGCutoff": {"cutoff": 0.25},
     "SlipstreamFreeU": {"preset": "SDXL"},

@@ -336,8 +336,8 @@ def test_what_cannot_be_decoded_is_refused_and_the_next_one_runs(kl, last_lines,
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (pixels(channels=1), "three channels and at least 8x8 pixels, but has 1 and 128x128"),
-        (pixels(4, 100), "three channels and at least 8x8 pixels, but has 3 and 100x4"),
+        (pixels(channels=1), "three channels and at least 8x8 pixels, but one of 1 and 128x128"),
+        (pixels(4, 100), "three channels and at least 8x8 pixels, but one of 3 and 100x4"),
         (pixels() / 0, "the picture has NaN or infinite values"),
     ],
 )

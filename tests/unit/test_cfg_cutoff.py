@@ -12,7 +12,7 @@ class CountingGuidance:
     def __init__(self, evaluation, guided=2, alone=1, is_guided=True):
         self.evaluation, self.cost, self.alone = evaluation, guided, alone
         self.is_guided, self.conditions = is_guided, guided
-        self.has_own_arithmetic = False
+        self.left_out = ()
 
     def guided(self):
         self.evaluation.predictions += self.cost

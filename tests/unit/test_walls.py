@@ -31,6 +31,7 @@ FLOORS = (
     ("nodes",),
     ("engine",),
     ("engine/vae",),
+    ("engine/inputs.py",),
     ("engine/node.py",),
     ("engine/apply.py",),
     ("engine/run",),
@@ -40,7 +41,8 @@ FLOORS = (
     ("compiling", "measuring"),
 )
 """From top to bottom. What is on one floor imports what is below it, never what is beside or above it. `engine` is the
-files of single nodes, on top of the rooms; `node.py` is what they have in common, `apply.py` what needs no node."""
+files of single nodes, on top of the rooms; `inputs.py` and `node.py` are what they have in common, `apply.py` what
+needs no node."""
 
 
 def part_of(stem: str) -> str:

@@ -19,6 +19,7 @@ METHODS = (
     "winograd",
     "compile_model",
     "cfg_cutoff",
+    "forecast",
     "deepcache",
     "freeu",
 )

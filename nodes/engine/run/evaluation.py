@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Hashable
 
 import torch
@@ -21,7 +22,9 @@ class Now:
     Attributes:
         evaluation: the one that is being made, or was last; None before the first and after the run.
         latent: shape of the latent in it, (B, C, H, W).
-        occurrences: how often each condition came so far in it.
+        timestep: its noise level, as the host has it.
+        occurrences: how often each condition came so far in it, in a call of the UNet.
+        occurrences_of_conditions: how often, in a call of all that a guider asks for at once.
         lock: for the counts: the host samples on several GPUs in threads.
     """
 
@@ -29,16 +32,21 @@ class Now:
         self.record = record
         self.evaluation: Evaluation | None = None
         self.latent = torch.Size()
+        self.timestep: torch.Tensor | None = None
         self.occurrences: dict[Hashable, int] = {}
+        self.occurrences_of_conditions: Counter[Hashable] = Counter()
         self.lock = threading.Lock()
         self._steps = steps
 
-    def begin_evaluation(self, latent: torch.Size, sigma: float) -> Evaluation:
-        """The sampler asks for a prediction of a latent at a noise level."""
+    def begin_evaluation(self, latent: torch.Size, timestep: torch.Tensor) -> Evaluation:
+        """The sampler asks for a prediction of a latent at a noise level, which is read from the device here alone."""
+        sigma = float(timestep.flatten()[0])
         step = self._steps.at(sigma, self.record.step)
         self.evaluation = Evaluation(step, sigma)
         self.latent = latent
+        self.timestep = timestep
         self.occurrences.clear()
+        self.occurrences_of_conditions.clear()
         self.record.evaluation(step)
         return self.evaluation
 

@@ -21,6 +21,7 @@ from ..plan.plan import KEY, Entry, Plan, plan_of
 from ..plan.record import Record
 from ..telling.teller import AUDIENCE, LeftOut, Teller
 from . import budget
+from .conditions import Conditions
 from .evaluation import Now
 from .guidance import HostGuidance
 from .model_calls import ModelCalls
@@ -62,7 +63,7 @@ def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sig
     plan = plan_of(guider.model_patcher)
     if not plan.entries or SamplingRun.is_in(guider.model_options):
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    run = SamplingRun(guider, plan, sigmas)
+    run = SamplingRun(guider, plan, sigmas, sampler)
     error: BaseException | None = None
     try:
         run.begin()
@@ -79,6 +80,11 @@ def outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sig
         error = None
 
 
+def adapts_steps(sampler: Any) -> bool:
+    """Whether a sampler chooses its steps by its own estimate of their error."""
+    return "adaptive" in getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+
+
 def takes_part(method: MethodRun, point: str) -> bool:
     """Whether a method takes part at one of the points of `MethodRun`."""
     return getattr(type(method), point) is not getattr(MethodRun, point)
@@ -91,10 +97,12 @@ class SamplingRun:
         guider: the host's CFGGuider, its `model_options` already those of this run.
         plan: the plan of its model.
         sigmas: (steps + 1,) noise levels.
+        sampler: the host's Sampler.
     """
 
-    def __init__(self, guider: Any, plan: Plan, sigmas: torch.Tensor):
+    def __init__(self, guider: Any, plan: Plan, sigmas: torch.Tensor, sampler: Any):
         self.guider = guider
+        self.sampler = sampler
         self.plan = plan
         self.options: dict[str, Any] = guider.model_options["transformer_options"]
         self.steps = Steps(tuple(sigmas.tolist()))
@@ -105,6 +113,7 @@ class SamplingRun:
         self.now = Now(self.steps, self.record)
         keeper: artifacts.Keeper = guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
         self.around_evaluation: MethodRun | None = None
+        self.conditions = Conditions(self.now, guider)
         self.model_calls = ModelCalls(self.now, self._patchers, keeper)
         self.unet_calls = UNetCalls(self.now, self._patchers, keeper)
 
@@ -132,7 +141,8 @@ class SamplingRun:
         left_out = self._left_out(model)
         plan = tuple(entry.config for entry in self.plan.entries if entry not in left_out)
         is_compiled = model.compiler is not None or any(config.phase == "compile" for config in plan)
-        run = Run(model, self.steps, lambda percent: float(model_sampling.percent_to_sigma(percent)), is_compiled, plan)
+        percent_to_sigma = lambda percent: float(model_sampling.percent_to_sigma(percent))  # noqa: E731
+        run = Run(model, self.steps, percent_to_sigma, is_compiled, plan, adapts_steps(self.sampler))
         for entry in self.plan.entries:
             method = left_out.get(entry) or entry.config.begin(run)
             self.methods.append(method)
@@ -143,6 +153,7 @@ class SamplingRun:
             if takes_part(method, "compile"):
                 self.unet_calls.compile(entry.config, method, self.guider.model_patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
+        self.conditions.around = next(iter(self._taking_part("conditions")), None)
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
         self.unet_calls.at_output_block = self._taking_part("output_block")
@@ -181,6 +192,7 @@ class SamplingRun:
         if self.memory is not None:
             self.memory.end()
         self.teller.end(self.methods, error)
+        self.conditions.end()
         self.model_calls.end()
         self.methods.clear()
         self.around_evaluation = self.memory = self.now.evaluation = None
@@ -197,6 +209,8 @@ class SamplingRun:
             WrappersMP.PREDICT_NOISE: self.predict_noise,
             WrappersMP.APPLY_MODEL: self.apply_model,
         }
+        if self.conditions.around is not None:
+            wrappers[WrappersMP.CALC_COND_BATCH] = self.conditions.call
         if self.unet_calls.takes_part:
             wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
         return wrappers
@@ -223,11 +237,10 @@ class SamplingRun:
         model_options: dict[str, Any],
         seed: int | None = None,
     ) -> torch.Tensor:
-        sigma = float(timestep.flatten()[0])
-        evaluation = self.now.begin_evaluation(x.shape, sigma)
+        evaluation = self.now.begin_evaluation(x.shape, timestep)
         if self.around_evaluation is None:
             return executor(x, timestep, model_options, seed)
-        guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, sigma)
+        guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, evaluation.sigma)
         return self.around_evaluation.predict_noise(evaluation, guidance)
 
     def apply_model(

@@ -121,7 +121,7 @@ class CompiledStage(stages.Stage):
 
         key = (self.settings, self._backend.name)
         compiler: Compiler = self._keeper.get(self._stage, key, lambda: Compiler(self.settings, self._backend))
-        with self._telling():
+        with self._telling(), self._explaining(name, values):
             compiler.begin(self._tally, self._announce)
             compiler.follow(self._stage)
             try:

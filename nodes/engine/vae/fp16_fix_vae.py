@@ -293,7 +293,7 @@ class FixedStage(stages.Stage):
         return self._run("encode", pixels, kwargs)
 
     def _run(self, name: str, values: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        with self._telling():
+        with self._telling(), self._explaining(name, values):
             self._check(name, values)
             output: Tensor = getattr(self._stage, name)(values, **kwargs)
             broken = stages.not_finite(output)

@@ -12,6 +12,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -21,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...methods.method import State
 from ..host import machine
+from ..inputs import explaining, undecoded
 from ..plan.plan import Node
 from ..plan.record import Record
 from ..telling import verdicts
@@ -33,6 +35,14 @@ _numbers = itertools.count(1)
 
 def unchanged(vae: Any) -> Any:
     return vae
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a VAE decodes: what of it a stage may keep, which is a part of it."""
+
+    latent_channels: int
+    latent_dim: int
 
 
 class Stage:
@@ -59,6 +69,7 @@ class Stage:
         self.settings = settings
         self.node = node
         self._stage = stage
+        self._latents: Latents | None = None
         self._where: verdicts.Prompt | None = None
         self._number = 0
 
@@ -120,6 +131,12 @@ class Stage:
             # Or the error would hold this frame, and with it what ran out of memory.
             error = None
             self._tell(self._line(record), record.as_dict())
+
+    def _explaining(self, name: str, values: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Around what is inside: a latent of another model is told in words."""
+        if name == "encode" or self._latents is None:
+            return contextlib.nullcontext()
+        return explaining(f"{self.title} (node {self.node.id})", undecoded(self._latents, values))
 
     def _line(self, record: Record) -> verdicts.Line:
         state, text = self._verdict()
@@ -221,6 +238,7 @@ def put(vae: Any, module: Any, *stages: Stage, change: Callable[[Any], Any] = un
     """Give a VAE of ours a module, and around it these stages in their canonical order. `change` as of `Stage.over`."""
     for stage in sorted(stages, key=lambda stage: stage.rank):
         module = stage.over(module, change)
+        module._latents = Latents(vae.latent_channels, vae.latent_dim)
     vae.first_stage_model = module
 
 

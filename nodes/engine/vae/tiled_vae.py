@@ -39,6 +39,7 @@ from ...methods.tiled_vae import (
     encoder_network,
 )
 from ..host import machine
+from ..inputs import explaining, undecoded, unencoded
 from ..node import node_of, option
 from ..plan.record import outcome
 from ..telling import verdicts
@@ -110,12 +111,13 @@ def decode(node: type[io.ComfyNode], samples: dict[str, Any], vae: Any, settings
             # As in the host's nodes: what follows is sound.
             latent = latent.unbind()[0]
         network = run.network()
-        if network is None:
-            images = vae.decode_tiled(latent, **_decode_arguments(vae, run.settings))
-        else:
-            _check_latent(latent, vae)
-            size = [length * vae.spacial_compression_decode() for length in latent.shape[-2:]]
-            images = run.tiled(network, Region(0, 0, *size), len(latent), lambda tiled: tiled.decode(latent))
+        with explaining(run.title, undecoded(vae, latent)):
+            if network is None:
+                images = vae.decode_tiled(latent, **_decode_arguments(vae, run.settings))
+            else:
+                _check_latent(latent, vae)
+                size = [length * vae.spacial_compression_decode() for length in latent.shape[-2:]]
+                images = run.tiled(network, Region(0, 0, *size), len(latent), lambda tiled: tiled.decode(latent))
         # Frames of a video are pictures, as for the host's VAEDecode.
         return io.NodeOutput(images.reshape(-1, *images.shape[-3:]))
 
@@ -125,12 +127,13 @@ def encode(node: type[io.ComfyNode], pixels: torch.Tensor, vae: Any, settings: d
     with _Run(node, vae, "encoder") as run:
         run.settings = TiledVAE(**settings, title=run.title)
         network = run.network()
-        if network is None:
-            samples = vae.encode_tiled(pixels, **_encode_arguments(run.settings))
-        else:
-            _check_pixels(pixels, vae)
-            size = vae.vae_encode_crop_pixels(pixels).shape[1:3]
-            samples = run.tiled(network, Region(0, 0, *size), len(pixels), lambda tiled: tiled.encode(pixels))
+        with explaining(run.title, unencoded(vae, pixels)):
+            if network is None:
+                samples = vae.encode_tiled(pixels, **_encode_arguments(run.settings))
+            else:
+                _check_pixels(pixels, vae)
+                size = vae.vae_encode_crop_pixels(pixels).shape[1:3]
+                samples = run.tiled(network, Region(0, 0, *size), len(pixels), lambda tiled: tiled.encode(pixels))
         return io.NodeOutput({"samples": samples})
 
 
@@ -166,13 +169,9 @@ def _check_latent(latent: torch.Tensor, vae: Any) -> None:
 
 
 def _check_pixels(pixels: torch.Tensor, vae: Any) -> None:
-    height, width, channels = pixels.shape[1:]
-    ratio = vae.spacial_compression_encode()
-    if min(height, width) < ratio or channels < 3:
-        raise ValueError(
-            f"VAE Encode Tiled: the picture should have three channels and at least {ratio}x{ratio} pixels, but has "
-            f"{channels} and {width}x{height}."
-        )
+    wrong = unencoded(vae, pixels)("")
+    if wrong is not None:
+        raise ValueError(f"VAE Encode Tiled: {wrong}")
     if not torch.isfinite(pixels).all():
         raise ValueError(
             "VAE Encode Tiled: the picture has NaN or infinite values. Look for the cause where it was made."

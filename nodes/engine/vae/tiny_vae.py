@@ -316,7 +316,7 @@ class TinyStage(stages.Stage):
 
     def _run(self, name: str, values: Tensor, kwargs: dict[str, Any]) -> Tensor:
         loaded = self.settings
-        with self._telling():
+        with self._telling(), self._explaining(name, values):
             if name == "encode" and loaded.no_encoder:
                 raise self._error(
                     f"{loaded.file} only decodes. To encode it needs {loaded.no_encoder}; or use the full VAE."

@@ -1,0 +1,189 @@
+"""What Forecast costs and saves on the demo model, against its rivals at as many evaluations.
+
+    python benchmarks/forecast.py            # in the environment that `./slipstream env` names; hours on two cores
+    python benchmarks/forecast.py --count 8  # a look
+
+Every setting samples the same prompts at the same seeds as the exact run, one picture at a time: each decides for
+itself. Evaluations are those that reach the network. Rivals: core's EasyCache and LazyCache, fewer steps on the same
+scheduler, and DeepCache, whose cached evaluations count as none though they are not free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
+RESULTS = Path(__file__).parent / "results" / "forecast"
+
+from loading import load_all
+
+SAMPLERS = {
+    "euler": "normal",
+    "dpmpp_2m": "karras",
+    "heun": "normal",
+    "euler_ancestral": "normal",
+    "er_sde": "normal",
+    "uni_pc": "normal",
+}
+BUDGETS = (0.02, 0.05, 0.1, 0.2)
+THRESHOLDS = (0.05, 0.1, 0.2)
+FEWER = (15, 12, 10)
+INTERVALS = (2, 3)
+
+
+def settings(steps: int) -> list[tuple[str, str, dict[str, Any], int]]:
+    """Method, node, inputs and steps of each setting."""
+    found: list[tuple[str, str, dict[str, Any], int]] = [
+        ("Forecast", "SlipstreamForecast", {"error_budget": budget}, steps) for budget in BUDGETS
+    ]
+    for threshold in THRESHOLDS:
+        window = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+        found += [
+            ("core EasyCache", "EasyCacheNode", window, steps),
+            ("core LazyCache", "LazyCacheNode", window, steps),
+        ]
+    found += [("fewer steps", "", {}, steps * fewer // 20) for fewer in FEWER]
+    found += [("DeepCache", "SlipstreamDeepCache", {"cache_interval": interval}, steps) for interval in INTERVALS]
+    return found
+
+
+class Study:
+    """The demo model, and what its exact runs give."""
+
+    def __init__(self, count: int, steps: int):
+        import hosted
+        import pictures
+
+        # Each picture decides for itself what it can spare.
+        pictures.BATCH = 1
+        self.count, self.steps, self.cfg = count, steps, pictures.CFG
+        self.demo = pictures.Demo()
+        self.prompts, _ = pictures.held_out(64)
+        self.evaluations = 0
+        network = self.demo.model.model.diffusion_model
+        network.time_embed.register_forward_hook(self._count)
+        self.run_node = hosted.run_node
+
+    def _count(self, *_: Any) -> None:
+        self.evaluations += 1
+
+    def model(self, node: str, inputs: dict[str, Any]) -> Any:
+        if not node:
+            return self.demo.model
+        if node.startswith("Slipstream"):
+            return self.run_node(node, self.demo.model, **inputs)
+        import comfy_extras.nodes_easycache as core
+
+        return getattr(core, node).execute(self.demo.model, **inputs).result[0]
+
+    def sample(self, sampler: str, node: str, inputs: dict[str, Any], steps: int) -> tuple[Any, float]:
+        """Pictures (B, H, W, 3), and the evaluations that each took."""
+        self.evaluations = 0
+        latents = self.demo.sample(
+            self.prompts[: self.count], range(self.count), model=self.model(node, inputs), steps=steps, cfg=self.cfg,
+            sampler=sampler, scheduler=SAMPLERS[sampler],
+        )  # fmt: skip
+        return self.demo.decode(latents), self.evaluations / self.count
+
+    def rows(self, sampler: str) -> list[dict[str, Any]]:
+        """Every setting with one sampler."""
+        from slipstream_pack.nodes.measuring.fidelity import compare
+
+        exact, full = self.sample(sampler, "", {}, self.steps)
+        found = []
+        for method, node, inputs, steps in settings(self.steps):
+            images, evaluations = self.sample(sampler, node, inputs, steps)
+            each = [compare(a, b, a[None], b[None]).ssim for a, b in zip(exact, images, strict=True)]
+            value = next(iter(inputs.values())) if inputs else steps
+            if node == "SlipstreamDeepCache":
+                evaluations = full / inputs["cache_interval"]
+            found.append(
+                {
+                    "sampler": sampler, "scheduler": SAMPLERS[sampler], "method": method, "setting": value,
+                    "share": evaluations / full, "ssim": statistics.mean(each), "ssim_worst": min(each),
+                    "pictures": self.count,
+                }
+            )  # fmt: skip
+            print(table_row(found[-1]), flush=True)
+        return found
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """One setting's line of the table."""
+    return (
+        f"| {row['sampler']}, {row['scheduler']} | {row['method']} | {row['setting']:g} | {100 * row['share']:.0f} % "
+        f"| {row['ssim']:.4f} | {row['ssim_worst']:.4f} |"
+    )
+
+
+def to_markdown(found: dict[str, Any]) -> str:
+    """The page."""
+    lines = [
+        "# Forecast and its rivals", "", f"{found['about']}. `python benchmarks/forecast.py` repeats it.", "",
+        "![Chart](chart.svg)", "",
+        "*Setting* is `error_budget`, core's `reuse_threshold`, the steps, or DeepCache's interval; DeepCache's cached "
+        "evaluations count as none here, though they are not free.", "",
+        "| sampler | method | setting | evaluations | SSIM | worst SSIM |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join([*lines, *(table_row(row) for row in found["rows"]), ""])
+
+
+def draw_chart(found: dict[str, Any], file: Path) -> None:
+    """SSIM over the share of evaluations, a panel for each sampler."""
+    from matplotlib.figure import Figure
+
+    samplers = list(dict.fromkeys(row["sampler"] for row in found["rows"]))
+    figure = Figure(figsize=(12, 3.6 * ((len(samplers) + 2) // 3)), layout="constrained")
+    panels = figure.subplots((len(samplers) + 2) // 3, 3, squeeze=False).flat
+    for axes, sampler in zip(panels, samplers, strict=False):
+        rows = [row for row in found["rows"] if row["sampler"] == sampler]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            some = sorted((row["share"], 1 - row["ssim"]) for row in rows if row["method"] == method)
+            axes.plot([100 * share for share, _ in some], [max(loss, 1e-5) for _, loss in some], "o-", label=method)
+        axes.set_yscale("log")
+        axes.set(title=sampler, xlabel="evaluations (%)", ylabel="1 - SSIM, mean")
+    next(iter(figure.axes)).legend(fontsize=7)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
+    arguments = parser.parse_args()
+    import matplotlib  # noqa: F401, or the lack of it would be found when all is done
+
+    load_all()
+    import hosted
+    import torch
+
+    study = Study(arguments.count, arguments.steps)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / "figures.json"
+    # Samplers that are not run again keep their figures.
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = [row for row in before if row["sampler"] not in arguments.samplers]
+    for sampler in arguments.samplers:
+        rows += study.rows(sampler)
+        rows.sort(key=lambda row: list(SAMPLERS).index(row["sampler"]))
+        pictures = sorted({row["pictures"] for row in rows})
+        about = f"{' or '.join(map(str, pictures))} prompts of combinations that training held out, a seed each, "
+        about += f"{arguments.steps} steps, cfg {study.cfg:g}; demo model, 256x256"
+        machine = hosted.engine("host.machine").describe(torch.device("cpu"))
+        weights = hashlib.sha256(hosted.engine("demo_model").FILE.read_bytes()).hexdigest()
+        found = {"about": about, "machine": machine, "weights": weights, "rows": rows}
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "README.md").write_text(to_markdown(found))
+        draw_chart(found, RESULTS / "chart.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The conditions that a guider asks for at once, for the method that decides whether they are evaluated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import comfy.samplers
+import torch
+
+from ...methods.method import MethodRun
+from .evaluation import Now
+
+
+class Conditions:
+    """The host's CALC_COND_BATCH.
+
+    Args:
+        now: where the run stands.
+        guider: the host's CFGGuider.
+
+    Attributes:
+        around: the method around it.
+    """
+
+    def __init__(self, now: Now, guider: Any):
+        self.around: MethodRun | None = None
+        self._now = now
+        self._guider = guider
+
+    def call(
+        self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: Any, model_options: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """One call. The arguments are those of the host's wrapper; a condition may be None, which gives zeros."""
+        evaluation = self._now.evaluation
+        if self.around is None or evaluation is None:
+            found: list[torch.Tensor] = executor(model, conds, x, timestep, model_options)
+            return found
+        run = lambda: executor(model, conds, x, timestep, model_options)  # noqa: E731
+        call = HostConditionsCall(self._now, self._guider, run, model, conds, x, timestep, model_options)
+        live = iter(self.around.conditions(evaluation, call))
+        return [torch.zeros_like(x) if cond is None else next(live) for cond in conds]
+
+    def end(self) -> None:
+        """The run is over: nothing of it is kept."""
+        self.around = None
+
+
+class HostConditionsCall:
+    """`methods.method.ConditionsCall` over the host's."""
+
+    def __init__(
+        self, now: Now, guider: Any, run: Callable[[], list[torch.Tensor]], model: Any, conds: list[Any],
+        x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any],
+    ):  # fmt: skip
+        # Read from the device only where another node evaluates at a noise level of its own.
+        evaluation = now.evaluation
+        assert evaluation is not None
+        self.x = x
+        self.sigma = evaluation.sigma if timestep is now.timestep else float(timestep.flatten()[0])
+        self._run = run
+        self._guider = guider
+        self._model_options = model_options
+        self._conds = conds
+        window = getattr(model_options.get("transformer_options", {}).get("context_window"), "index_list", ())
+        options = (id(model), _structure(model_options), tuple(window), tuple(x.shape))
+        self.keys = tuple(self._keys(now.occurrences_of_conditions, options))
+
+    def _keys(self, occurrences: Counter[Hashable], options: Hashable) -> Iterator[Hashable]:
+        for cond in self._conds:
+            if cond is None:
+                continue
+            key = (options, tuple(entry.get("uuid") for entry in cond))
+            occurrences[key] += 1
+            yield key, occurrences[key]
+
+    @cached_property
+    def states(self) -> tuple[Hashable, ...]:
+        """What of each is in force at this noise level."""
+        return tuple(tuple(_state(entry, self.sigma) for entry in cond) for cond in self._conds if cond is not None)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of each prediction in what the sampler gets."""
+        is_plain = type(self._guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+        if not is_plain or "sampler_cfg_function" in self._model_options:
+            return None
+        if len(self.keys) == 1:
+            return (1.0,)
+        cfg = float(self._guider.cfg)
+        return (cfg, 1 - cfg) if len(self.keys) == 2 else None
+
+    def evaluate(self) -> Sequence[torch.Tensor]:
+        """The model's prediction for each."""
+        return [result for result, cond in zip(self._run(), self._conds, strict=True) if cond is not None]
+
+
+def _structure(model_options: dict[str, Any]) -> Hashable:
+    """What other nodes put on the model for a call of their own, such as an attention that perturbs: by the places."""
+    options = model_options.get("transformer_options", {})
+    patches = options.get("patches") or {}
+    replaced = options.get("patches_replace") or {}
+    return (
+        tuple(sorted((name, len(some)) for name, some in patches.items() if some)),
+        tuple(sorted((name, len(some)) for name, some in replaced.items() if some)),
+    )
+
+
+def _state(entry: dict[str, Any], sigma: float) -> Hashable:
+    """What of one entry of a condition is in force at a noise level."""
+    is_on = entry.get("timestep_start", sigma) >= sigma >= entry.get("timestep_end", sigma)
+    controls, control = [], entry.get("control")
+    while control is not None:
+        ends = getattr(control, "timestep_range", None)
+        controls.append(ends is None or ends[0] >= sigma >= ends[1])
+        control = getattr(control, "previous_controlnet", None)
+    hooks = getattr(entry.get("hooks"), "hooks", ())
+    keyframes = tuple(
+        sum(getattr(frame, "start_t", sigma) >= sigma for frame in getattr(hook.hook_keyframe, "keyframes", ()))
+        for hook in hooks
+        if getattr(hook, "hook_keyframe", None) is not None
+    )
+    return is_on, tuple(controls), keyframes
