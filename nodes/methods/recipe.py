@@ -82,7 +82,6 @@ NEEDS: dict[str, tuple[Holds, str]] = {
     "no bf16": (lambda given, _: not given.has_bf16, "{device} has bf16"),
     "UNet": (lambda given, _: given.model.is_unet, "{model} is none of Stable Diffusion's UNets"),
     "other": (lambda given, _: not given.model.is_unet, "{model} is one of Stable Diffusion's UNets"),
-    "base": (lambda given, _: given.model.family != "SDXL refiner", "a refiner's few steps are for detail"),
     "whole": (
         lambda given, _: given.size_mib + given.beside_mib <= given.device_mib,
         "not all of {model} fits into the {device_mib:.0f} MiB of {device}",
@@ -166,10 +165,10 @@ ROWS = (
         "computes in bf16", "rounding as on GPUs, half as much memory more for the weights"),
     Row(SPEED, "winograd", {"bf16": True}, ("processor", "UNet"),
         "each convolution as is fastest here", "seconds of measuring once, up to half of the free memory, rounding"),
-    Row((BALANCED,), "deepcache", {"cache_interval": 2}, ("UNet", "base"),
-        "every other step runs the outer blocks alone", "approximate (SSIM 0.985)"),
-    Row((FASTEST,), "deepcache", {"cache_interval": 3, "cache_branch_id": 0}, ("UNet",),
-        "two of three steps run the outer blocks alone", "approximate, less fine detail (SSIM 0.941)"),
+    Row((BALANCED,), "forecast", {}, (),
+        "evaluations that can be foretold are skipped, 30 to 45 % of them", "approximate (SSIM 0.998)"),
+    Row((FASTEST,), "forecast", {"error_budget": 0.2}, (),
+        "evaluations that can be foretold are skipped, about half of them", "approximate (SSIM 0.993)"),
     Row((BALANCED,), "cfg_cutoff", {"cutoff": 0.75}, (),
         "half the work in the last quarter of the steps", "approximate (SSIM 0.994)"),
     Row((FASTEST,), "cfg_cutoff", {"cutoff": 0.5}, (),
@@ -180,6 +179,8 @@ ROWS = (
         "approximate; unpacking at each use, a transfer in each run"),
     Row(MEMORY, "sequential_offload", {"budget_mib": budget_mib}, ("GPU", "apart", "too large"),
         "so many MiB of weights stay on the GPU, the others wait in RAM", "the time to bring them in each step"),
+    Row(MEMORY, "forecast", {}, ("GPU", "apart", "too large"),
+        "gives back some of the time that offloading takes", "approximate (SSIM 0.998)"),
     Row(MEMORY, "cfg_cutoff", {"cutoff": 0.75}, ("GPU", "apart", "too large"),
         "gives back some of the time that offloading takes", "approximate (SSIM 0.994)"),
 )
@@ -187,7 +188,9 @@ ROWS = (
 NEVER = (
     Against((BEST,), "precision", "rounds more"),
     Against((BEST,), "winograd", "rounds more"),
+    Against((BEST,), "forecast", "approximate"),
     Against((BEST,), "deepcache", "approximate"),
+    Against(SPEED, "deepcache", "Forecast is nearer to the exact picture in as much time"),
     Against((BEST,), "cfg_cutoff", "approximate"),
     Against(PICTURE, "quantize", "approximate; what it saves beside the others is not measured"),
     Against(PICTURE, "sequential_offload", "saves memory, not time"),
@@ -200,7 +203,6 @@ NEVER = (
 
 ADVICE = (
     Advice((FASTEST,), (), "Tiny VAE decodes in a fraction of the time, with a little less detail"),
-    Advice(SPEED, ("other",), "ComfyUI's EasyCache does for {model} what DeepCache does for UNets"),
     Advice(GOALS, ("GPU", "no bf16"),
         "FP16-Fix VAE: {device} has no bf16, so that ComfyUI decodes in fp32, in twice the memory"),
     Advice(MEMORY, ("GPU", "apart"),
