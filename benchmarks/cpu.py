@@ -7,6 +7,11 @@ One process, all threads, nothing else running. Random weights: the time does no
 once, which warms it up and measures what is measured once; then all are run in turn, and the medians count. Each turn
 begins with a run that is not counted, since one variant's filters may have to make room for another's. The error is the
 latent's after the step, relative to its norm. For the memory of one variant alone, run it with `--only`.
+
+    python benchmarks/cpu.py --whole --output folder
+
+measures whole runs, with what leaves out work: Forecast, CFG Cutoff, DeepCache. What that costs in likeness is a matter
+of trained weights: `benchmarks/forecast.py --plans` tells it, on the demo model.
 """
 
 from __future__ import annotations
@@ -38,6 +43,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sdpa alone": {**OFF, "sdpa": True},
     "winograd and sdpa": {**OFF, "winograd": "auto", "sdpa": True},
 }
+WHOLE: dict[str, dict[str, dict[str, Any]]] = {
+    STOCK: {},
+    "SlipstreamCPU": {"SlipstreamCPU": {}},
+    "SlipstreamCPU, Forecast": {"SlipstreamCPU": {}, "SlipstreamForecast": {}},
+    "SlipstreamCPU, DeepCache 3, CFG Cutoff 0.5": {
+        "SlipstreamCPU": {},
+        "SlipstreamDeepCache": {"cache_interval": 3},
+        "SlipstreamCFGCutoff": {"cutoff": 0.5},
+    },
+    "SlipstreamCPU, Forecast 0.5, CFG Cutoff 0.3": {
+        "SlipstreamCPU": {},
+        "SlipstreamForecast": {"error_budget": 0.5, "max_skips": 10},
+        "SlipstreamCFGCutoff": {"cutoff": 0.3},
+    },
+}
+"""Whole runs: the last is the fastest whose pictures of the demo model still have a mean SSIM above 0.9."""
 
 
 def keep_lines(told: list[str], lines: list[tuple[Any, Any]]) -> None:
@@ -56,15 +77,19 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
 
     def step(patcher: Any) -> tuple[float, Any]:
         began = time.perf_counter()
-        result = hosted.sample(patcher, *prompts, steps=STEPS, cfg=7.5, image=latent, last_step=1)
+        more = {} if arguments.whole else {"last_step": 1}
+        result = hosted.sample(patcher, *prompts, steps=STEPS, cfg=7.5, image=latent, **more)
         return time.perf_counter() - began, result
 
-    chosen = {name: settings for name, settings in VARIANTS.items() if name in (STOCK, *(arguments.only or VARIANTS))}
-    patchers = {
-        name: hosted.run_node("SlipstreamCPU", model, **settings) if settings else model
-        for name, settings in chosen.items()
-    }
-    step(model)  # the process's own first time
+    table = (
+        WHOLE if arguments.whole else {name: {"SlipstreamCPU": one} if one else {} for name, one in VARIANTS.items()}
+    )
+    chosen = {name: nodes for name, nodes in table.items() if name in (STOCK, *(arguments.only or table))}
+    patchers = dict.fromkeys(chosen, model)
+    for name, nodes in chosen.items():
+        for number, (node, settings) in enumerate(nodes.items()):
+            patchers[name] = hosted.run_node(node, patchers[name], str(number), **settings)
+    hosted.sample(model, *prompts, steps=STEPS, cfg=7.5, image=latent, last_step=1)  # the process's own first time
     figures: dict[str, Any] = {}
     expected = None
     for name, patcher in patchers.items():
@@ -86,7 +111,9 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
         print(f"{size}: {name}: first {first:.1f} s; {figures[name]['verdict']}", flush=True)
     for round_ in range(arguments.runs):
         for name, patcher in patchers.items():
-            step(patcher)
+            # Within a whole run what is done once is little.
+            if not arguments.whole:
+                step(patcher)
             figures[name]["steady_s"].append(step(patcher)[0])
         print(f"{size}: round {round_ + 1} of {arguments.runs}", flush=True)
     return figures
@@ -111,12 +138,13 @@ def page(report: dict[str, Any]) -> str:
     """The figures as Markdown."""
     settings = report["settings"]
     lines = [
-        "# A guided step on a processor\n",
-        f"SD 1.5 at full size, random weights, float32, the first of {STEPS} steps of euler, cfg 7.5; "
+        "# A whole run on a processor\n" if settings["whole"] else "# A guided step on a processor\n",
+        f"SD 1.5 at full size, random weights, float32, {'all' if settings['whole'] else 'the first'} of {STEPS} steps "
+        "of euler, normal, cfg 7.5; "
         f"{described(report['machine'])}, "
         f"{report['machine']['threads']} threads. Medians of {settings['runs']} interleaved rounds after a first one. "
-        "Errors are the latent's after the step, relative to ComfyUI's own; memory is the process's peak in the first "
-        "step, and that above what it had before; filters of variants before are kept.\n",
+        "Errors are the latent's afterwards, relative to ComfyUI's own; memory is the process's peak in the first "
+        "run, and that above what it had before; filters of variants before are kept.\n",
     ]
     for size, figures in report["figures"].items():
         seconds = {name: statistics.median(one["steady_s"] or [one["first_s"]]) for name, one in figures.items()}
@@ -135,7 +163,8 @@ def page(report: dict[str, Any]) -> str:
         lines.append("")
         lines += [f"- {name}: *{text}*" for name, one in figures.items() for text in one["verdict"]]
         lines.append("")
-    lines.append("`python benchmarks/cpu.py`, in the environment that `./slipstream env` names, repeats it.\n")
+    command = "python benchmarks/cpu.py" + " --whole" * settings["whole"]
+    lines.append(f"`{command}`, in the environment that `./slipstream env` names, repeats it.\n")
     return "\n".join(lines)
 
 
@@ -144,7 +173,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--only", nargs="*", choices=tuple(VARIANTS), help="variants to compare with ComfyUI's own")
+    parser.add_argument("--whole", action="store_true", help="whole runs, and what leaves out work")
+    parser.add_argument("--only", nargs="*", choices=(*VARIANTS, *WHOLE), help="variants to compare with ComfyUI's own")
     parser.add_argument("--output", type=Path, help="a folder for the figures and a page that shows them")
     arguments = parser.parse_args()
     load_all()

@@ -36,6 +36,18 @@ BUDGETS = (0.02, 0.05, 0.1, 0.2)
 THRESHOLDS = (0.05, 0.1, 0.2)
 FEWER = (15, 12, 10)
 INTERVALS = (2, 3)
+PLANS: dict[str, dict[str, dict[str, Any]]] = {
+    "Forecast": {"SlipstreamForecast": {}},
+    "DeepCache 3, CFG Cutoff 0.5": {
+        "SlipstreamDeepCache": {"cache_interval": 3},
+        "SlipstreamCFGCutoff": {"cutoff": 0.5},
+    },
+    "Forecast 0.5, CFG Cutoff 0.3": {
+        "SlipstreamForecast": {"error_budget": 0.5, "max_skips": 10},
+        "SlipstreamCFGCutoff": {"cutoff": 0.3},
+    },
+}
+"""Those that `cpu.py --whole` times on a full-size UNet: euler, normal, cfg 7.5."""
 
 
 def settings(steps: int) -> list[tuple[str, str, dict[str, Any], int]]:
@@ -91,6 +103,23 @@ class Study:
             sampler=sampler, scheduler=SAMPLERS[sampler],
         )  # fmt: skip
         return self.demo.decode(latents), self.evaluations / self.count
+
+    def plans(self) -> None:
+        """Print the likeness that each of `PLANS` keeps."""
+        from slipstream_pack.nodes.measuring.fidelity import compare
+
+        given = {"steps": self.steps, "cfg": 7.5, "sampler": "euler", "scheduler": "normal"}
+        exact = self.demo.decode(self.demo.sample(self.prompts[: self.count], range(self.count), **given))
+        print("| plan | evaluations | SSIM | worst SSIM |\n|---|---|---|---|")
+        for name, nodes in PLANS.items():
+            model = self.demo.model
+            for number, (node, inputs) in enumerate(nodes.items()):
+                model = self.run_node(node, model, str(number), **inputs)
+            self.evaluations = 0
+            latents = self.demo.sample(self.prompts[: self.count], range(self.count), model=model, **given)
+            evaluations, images = self.evaluations / self.count, self.demo.decode(latents)
+            each = [compare(a, b, a[None], b[None]).ssim for a, b in zip(exact, images, strict=True)]
+            print(f"| {name} | {evaluations:.1f} | {statistics.mean(each):.4f} | {min(each):.4f} |", flush=True)
 
     def rows(self, sampler: str) -> list[dict[str, Any]]:
         """Every setting with one sampler."""
@@ -157,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--plans", action="store_true", help="print what the plans of cpu.py --whole keep, and end")
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done
@@ -166,6 +196,9 @@ def main() -> None:
     import torch
 
     study = Study(arguments.count, arguments.steps)
+    if arguments.plans:
+        study.plans()
+        return
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "figures.json"
     # Samplers that are not run again keep their figures.
