@@ -46,6 +46,7 @@ PARTS = (
 """The most important first."""
 
 ON: Mapping[str, Mapping[str, Any]] = {
+    "SlipstreamForecast": {"error_budget": 0.5},
     "SlipstreamDeepCache": {"cache_interval": 2},
     "SlipstreamCFGCutoff": {"cutoff": 0.5},
     "SlipstreamFreeU": {"preset": "SD 1.5"},
@@ -58,6 +59,7 @@ ON: Mapping[str, Mapping[str, Any]] = {
 """Each method, doing something. What dynamo traces is run as it is: real compilers have checks of their own."""
 
 OFF: Mapping[str, Mapping[str, Any]] = {
+    "SlipstreamForecast": {"error_budget": 0.0},
     "SlipstreamDeepCache": {"cache_interval": 1},
     "SlipstreamCFGCutoff": {"cutoff": 1.0},
     "SlipstreamFreeU": {"preset": "custom", "b1": 1.0, "b2": 1.0, "s1": 1.0, "s2": 1.0},
@@ -491,6 +493,7 @@ def sdxl(bench: Any) -> None:
         [
             Variant("stock", sampling(), 4),
             Variant("Attention and channels-last", sampling(*exact), 5),
+            Variant("Forecast", sampling(("Forecast", {})), 4),
             Variant("DeepCache and CFG Cutoff", sampling(*fewer), 3),
             Variant("core EasyCache", sampling(on=_easycache), 4),
             Variant("Compile Model, Attention, channels-last", sampling(*exact, compiled), 30),
@@ -609,7 +612,7 @@ def flux(bench: Any) -> Any:
 
 
 def transformer(bench: Any) -> None:
-    """Flux's layout, 4 steps: eager and with quantized weights."""
+    """Flux's layout, 12 steps: eager, with fewer evaluations, and with quantized weights."""
     import hosted
     import torch
 
@@ -625,12 +628,13 @@ def transformer(bench: Any) -> None:
     def sampling(*nodes: tuple[str, Mapping[str, Any]]) -> Any:
         def make() -> Callable[[], Any]:
             patcher = with_nodes(model, *nodes)
-            return lambda: hosted.sample(patcher, prompt, prompt, steps=4, cfg=1.0, scheduler="simple", image=latent)
+            return lambda: hosted.sample(patcher, prompt, prompt, steps=12, cfg=1.0, scheduler="simple", image=latent)
 
         return make
 
     least = {"min_features": 0 if bench.is_tiny else 256}
     variants = [Variant("stock", sampling(), 3), Variant("Attention", sampling(("Attention", {"backend": "auto"})), 3)]
+    variants.append(Variant("Forecast", sampling(("Forecast", {})), 3))
     for scheme in schemes(bench):
         variants.append(Variant(scheme, sampling(("Quantize", {"scheme": scheme, **least})), 4))
     compare(bench, variants, 1 if bench.is_tiny else 3, "stock")

@@ -126,14 +126,21 @@ class Way:
         held = [1.0, *[0.0] * self.order]
         return [self.damping * weight + (1 - self.damping) * hold for weight, hold in zip(weights, held, strict=True)]
 
+    def terms(self, sigma: float, sigmas: Sequence[float]) -> tuple[float, list[float], list[float]]:
+        """The prediction at `sigma` as a sum: the weights of its latent, of latents and of predictions before."""
+        weights = self.coefficients(sigma, sigmas)
+        if not self.is_of_derivative:
+            return 0.0, [0.0] * len(weights), weights
+        shares = [sigma * weight / one for weight, one in zip(weights, sigmas, strict=False)]
+        return 1.0, [-share for share in shares], shares
+
     def foretell(self, sigma: float, x: Tensor, history: Sequence[Exact]) -> Tensor:
         """The prediction for a latent `x` at `sigma`, from a history, newest first."""
-        weights = self.coefficients(sigma, [one.sigma for one in history])
-        if not self.is_of_derivative:
-            return _sum((weight, one.denoised) for weight, one in zip(weights, history, strict=False))
-        pairs = zip(weights, history, strict=False)
-        derivative = _sum((weight / one.sigma, one.x - one.denoised) for weight, one in pairs)
-        return x - derivative * sigma
+        of_x, of_latents, of_predictions = self.terms(sigma, [one.sigma for one in history])
+        terms = [(of_x, x)]
+        for one, latent, prediction in zip(history, of_latents, of_predictions, strict=False):
+            terms += [(latent, one.x), (prediction, one.denoised)]
+        return _sum((weight, tensor) for weight, tensor in terms if weight)
 
 
 WAYS = (
@@ -256,7 +263,7 @@ class ForecastRun(MethodRun):
         # What is remembered.
         self.known: dict[Hashable, Condition] = {}
         self.scores: dict[Group, Scores] = {}
-        self.unread: list[tuple[Group, float, list[Way], Tensor]] = []
+        self.unread: list[tuple[list[Group], float, list[Way], Tensor]] = []
         self.foretold: dict[Group, list[Foretold]] = {}
         self.to_take_back: dict[Group, list[Foretold]] = {}
         # The evaluation that is made or skipped.
@@ -459,29 +466,37 @@ class ForecastRun(MethodRun):
         gap = max(_gap(history[0].sigma, call.sigma) for history in histories)
         depth = 1 if gap < SAME_LEVEL else min(map(len, histories))
         ways = [way for way in WAYS if way.order < depth]
-        parts = [[way.foretell(call.sigma, call.x, history) for way in ways] for history in histories]
-        each = [[_error(value, result) for value in values] for values, result in zip(parts, results, strict=True)]
+        # All ways and conditions in one product: on a GPU it is the number of operations that costs.
+        given = [
+            [call.x, *(one.x for one in some[:depth]), *(one.denoised for one in some[:depth])] for some in histories
+        ]
+        values = torch.stack([torch.stack(some) for some in given]).flatten(3).float()
+        sums = torch.tensor([[_row(way, call.sigma, history, depth) for way in ways] for history in histories])
+        foretold = torch.einsum("cwt,ctbn->cwbn", sums.to(values), values)
+        exact = torch.stack(list(results)).flatten(2).float()
+        errors = [_errors(foretold, exact)]
+        groups: list[Group] = [(key,) for key in group]
         if len(group) > 1:
-            for key, errors in zip(group, each, strict=True):
-                self.unread.append(((key,), gap, ways, torch.stack(errors)))
-        weights = call.weights
-        self.is_combination_known &= weights is not None
-        if weights is None:
-            errors = [torch.stack(some).amax() for some in zip(*each, strict=True)]
-        else:
-            combined = _sum(zip(weights, results, strict=True))
-            errors = [_error(_sum(zip(weights, some, strict=True)), combined) for some in zip(*parts, strict=True)]
-        self.unread.append((group, gap, ways, torch.stack(errors)))
+            groups.append(group)
+            if call.weights is None:
+                errors.append(errors[0].amax(0, keepdim=True))
+            else:
+                weights = torch.tensor(call.weights).to(values)
+                combined = [torch.einsum("c,c...->...", weights, one)[None] for one in (foretold, exact)]
+                errors.append(_errors(*combined))
+        self.is_combination_known &= call.weights is not None
+        self.unread.append((groups, gap, ways, torch.cat(errors)))
 
     def _read(self) -> None:
         """Scores that are still on the device, all at once: now that they are needed, and it had to wait anyway."""
         if not self.unread:
             return
-        values = iter(torch.cat([errors for *_, errors in self.unread]).tolist())
-        for group, gap, ways, _ in self.unread:
-            scores = self.scores.setdefault(group, Scores())
-            for way in ways:
-                scores.add(way, gap, next(values))
+        values = iter(torch.cat([errors.flatten() for *_, errors in self.unread]).tolist())
+        for groups, gap, ways, _ in self.unread:
+            for group in groups:
+                scores = self.scores.setdefault(group, Scores())
+                for way in ways:
+                    scores.add(way, gap, next(values))
         self.unread.clear()
 
     def _weigh(self) -> None:
@@ -533,8 +548,15 @@ def _gap(sigma: float, other: float) -> float:
     return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
 
 
-def _error(value: Tensor, exact: Tensor) -> Tensor:
-    """Of a batch (B, ...), relative to it: that of the worst. Of shape ()."""
-    off, size = (one.flatten(1).float().norm(dim=1) for one in (value - exact, exact))
-    worst: Tensor = (off / size.clamp(min=1e-12)).amax()
+def _row(way: Way, sigma: float, history: Sequence[Exact], depth: int) -> list[float]:
+    """A way's weights of the latent, of `depth` latents before and of as many predictions."""
+    of_x, of_latents, of_predictions = way.terms(sigma, [one.sigma for one in history[:depth]])
+    return [of_x, *(weight for some in (of_latents, of_predictions) for weight in [*some, *[0.0] * depth][:depth])]
+
+
+def _errors(foretold: Tensor, exact: Tensor) -> Tensor:
+    """How far (conditions, ways, B, N) is off (conditions, B, N), relative to it, in the worst of a batch: (conditions,
+    ways)."""
+    off, size = (foretold - exact[:, None]).norm(dim=-1), exact.norm(dim=-1)
+    worst: Tensor = (off / size[:, None].clamp(min=1e-12)).amax(-1)
     return worst
