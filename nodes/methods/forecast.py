@@ -314,6 +314,8 @@ class ForecastRun(MethodRun):
         sigma, is_same_step = evaluation.sigma, evaluation.step == self.step
         goes_up = sigma > self.sigma * (1 + self.steps.TOLERANCE)
         self.number += 1
+        # What is too old is of no use any more: windows that move on leave much of it.
+        self.known = {key: known for key, known in self.known.items() if self._is_recent(known.history)}
         self.is_multistage |= is_same_step
         self.has_pairs |= is_same_step and _gap(sigma, self.sigma) < SAME_LEVEL
         if goes_up:
@@ -392,7 +394,10 @@ class ForecastRun(MethodRun):
         return scores.best(gap, min(map(len, histories)))
 
     def _is_enough(self, history: Sequence[Exact]) -> bool:
-        return len(history) > 1 and self.number - history[0].number <= self.config.max_skips + 1
+        return len(history) > 1 and self._is_recent(history)
+
+    def _is_recent(self, history: Sequence[Exact]) -> bool:
+        return bool(history) and self.number - history[0].number <= self.config.max_skips + 1
 
     def _left_by(self, best: tuple[float, Way] | None, evaluation: Evaluation) -> float | None:
         """What a skip leaves in the latent, relative to it: a step gives the prediction that much of its weight."""

@@ -233,6 +233,25 @@ def test_of_a_batch_the_worst_decides(model, runs):
     assert shares[2] <= max(shares[:2])
 
 
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])
+def test_context_windows_have_a_history_each(schedule, runs):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    model = transformer("Wan 2.1")
+    prompts = [transformer_prompt("Wan 2.1", seed) for seed in (1, 2)]
+    windowed = ContextWindowsManualNode.execute(model, 4, 2, schedule, 1, False, "pyramid", 2, False).result[0]
+    image = torch.zeros(1, 16, 8, *transformer_latent("Wan 2.1").shape[-2:])
+    out = sample(forecast(windowed), *prompts, steps=12, scheduler="simple", cfg=3.0, image=image)
+    assert out.isfinite().all()
+    (run,) = runs
+    windows = {window for ((_, _, window, _), _), _ in run.known}
+    assert len(windows) > 1
+    assert windowed.model_options["context_handler"].callbacks == {}
+    if schedule == "standard_static":
+        assert run.skipped
+        assert "for a changed prompt" not in run.made
+
+
 def test_what_cfg_cutoff_leaves_out_forces_nothing(model, runs, last_lines):
     both = run_node("SlipstreamCFGCutoff", forecast(model), "2", cutoff=0.5)
     with Counter(model) as counted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
@@ -9,9 +10,15 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.patcher_extension import add_callback_with_key
 
-from ...methods.method import MethodRun
+from ...methods.method import Evaluation, MethodRun
+from ..plan.plan import KEY
 from .evaluation import Now
+
+HANDLER = "context_handler"
+WINDOW_BEGINS = "evaluate_context_windows"
+"""Of the host's context windows: the model option that has their handler, and its callback."""
 
 
 class Conditions:
@@ -29,6 +36,24 @@ class Conditions:
         self.around: MethodRun | None = None
         self._now = now
         self._guider = guider
+        # In which evaluation, and the frames.
+        self._window: tuple[Evaluation | None, tuple[int, ...]] = (None, ())
+        self._handler: Any = None
+
+    def install(self) -> None:
+        """Have the host's context windows tell which one is evaluated: nothing else does, and some schedules have
+        others in each step. In the options of this run alone."""
+        handler = self._guider.model_options.get(HANDLER)
+        if self.around is None or not isinstance(getattr(handler, "callbacks", None), dict):
+            return
+        watched = copy.copy(handler)
+        watched.callbacks = copy.deepcopy(handler.callbacks)
+        add_callback_with_key(WINDOW_BEGINS, KEY, self._enter_window, watched.callbacks)
+        self._handler, self._guider.model_options[HANDLER] = handler, watched
+
+    def _enter_window(self, *args: Any) -> None:
+        (window,) = (one for one in args if hasattr(one, "index_list"))
+        self._window = self._now.evaluation, tuple(window.index_list)
 
     def call(
         self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: Any, model_options: dict[str, Any]
@@ -39,13 +64,17 @@ class Conditions:
             found: list[torch.Tensor] = executor(model, conds, x, timestep, model_options)
             return found
         run = lambda: executor(model, conds, x, timestep, model_options)  # noqa: E731
-        call = HostConditionsCall(self._now, self._guider, run, model, conds, x, timestep, model_options)
+        window = self._window[1] if self._window[0] is evaluation else ()
+        call = HostConditionsCall(self._now, self._guider, run, model, conds, x, timestep, model_options, window)
         live = iter(self.around.conditions(evaluation, call))
         return [torch.zeros_like(x) if cond is None else next(live) for cond in conds]
 
     def end(self) -> None:
         """The run is over: nothing of it is kept."""
-        self.around = None
+        if self._handler is not None:
+            self._guider.model_options[HANDLER] = self._handler
+        self.around = self._handler = None
+        self._window = None, ()
 
 
 class HostConditionsCall:
@@ -53,7 +82,7 @@ class HostConditionsCall:
 
     def __init__(
         self, now: Now, guider: Any, run: Callable[[], list[torch.Tensor]], model: Any, conds: list[Any],
-        x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any],
+        x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], window: tuple[int, ...],
     ):  # fmt: skip
         # Read from the device only where another node evaluates at a noise level of its own.
         evaluation = now.evaluation
@@ -64,8 +93,7 @@ class HostConditionsCall:
         self._guider = guider
         self._model_options = model_options
         self._conds = conds
-        window = getattr(model_options.get("transformer_options", {}).get("context_window"), "index_list", ())
-        options = (id(model), _structure(model_options), tuple(window), tuple(x.shape))
+        options = (id(model), _structure(model_options), window, tuple(x.shape))
         self.keys = tuple(self._keys(now.occurrences_of_conditions, options))
 
     def _keys(self, occurrences: Counter[Hashable], options: Hashable) -> Iterator[Hashable]:

@@ -216,6 +216,7 @@ class SamplingRun:
         return wrappers
 
     def _install(self) -> None:
+        self.conditions.install()
         for kind, wrapper in self._wrappers().items():
             self.options.setdefault("wrappers", {}).setdefault(kind, {})[KEY] = [wrapper]
         if self.unet_calls.at_output_block:
