@@ -46,6 +46,7 @@ PARTS = (
 """The most important first."""
 
 ON: Mapping[str, Mapping[str, Any]] = {
+    "SlipstreamForecast": {"error_budget": 0.5},
     "SlipstreamDeepCache": {"cache_interval": 2},
     "SlipstreamCFGCutoff": {"cutoff": 0.5},
     "SlipstreamFreeU": {"preset": "SD 1.5"},
@@ -58,6 +59,7 @@ ON: Mapping[str, Mapping[str, Any]] = {
 """Each method, doing something. What dynamo traces is run as it is: real compilers have checks of their own."""
 
 OFF: Mapping[str, Mapping[str, Any]] = {
+    "SlipstreamForecast": {"error_budget": 0.0},
     "SlipstreamDeepCache": {"cache_interval": 1},
     "SlipstreamCFGCutoff": {"cutoff": 1.0},
     "SlipstreamFreeU": {"preset": "custom", "b1": 1.0, "b2": 1.0, "s1": 1.0, "s2": 1.0},

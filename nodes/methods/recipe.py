@@ -82,6 +82,7 @@ NEEDS: dict[str, tuple[Holds, str]] = {
     "no bf16": (lambda given, _: not given.has_bf16, "{device} has bf16"),
     "UNet": (lambda given, _: given.model.is_unet, "{model} is none of Stable Diffusion's UNets"),
     "other": (lambda given, _: not given.model.is_unet, "{model} is one of Stable Diffusion's UNets"),
+    "no DeepCache": (lambda given, _: not given.model.is_unet, "UNets like {model} have DeepCache for that"),
     "base": (lambda given, _: given.model.family != "SDXL refiner", "a refiner's few steps are for detail"),
     "whole": (
         lambda given, _: given.size_mib + given.beside_mib <= given.device_mib,
@@ -170,6 +171,10 @@ ROWS = (
         "every other step runs the outer blocks alone", "approximate (SSIM 0.985)"),
     Row((FASTEST,), "deepcache", {"cache_interval": 3, "cache_branch_id": 0}, ("UNet",),
         "two of three steps run the outer blocks alone", "approximate, less fine detail (SSIM 0.941)"),
+    Row((BALANCED,), "forecast", {"error_budget": 0.02}, ("no DeepCache",),
+        "skips evaluations that can be foretold from those before", "approximate, within its budget of error"),
+    Row((FASTEST,), "forecast", {}, ("no DeepCache",),
+        "skips evaluations that can be foretold from those before", "approximate, within its budget of error"),
     Row((BALANCED,), "cfg_cutoff", {"cutoff": 0.75}, (),
         "half the work in the last quarter of the steps", "approximate (SSIM 0.994)"),
     Row((FASTEST,), "cfg_cutoff", {"cutoff": 0.5}, (),
@@ -188,6 +193,7 @@ NEVER = (
     Against((BEST,), "precision", "rounds more"),
     Against((BEST,), "winograd", "rounds more"),
     Against((BEST,), "deepcache", "approximate"),
+    Against((BEST,), "forecast", "approximate"),
     Against((BEST,), "cfg_cutoff", "approximate"),
     Against(PICTURE, "quantize", "approximate; what it saves beside the others is not measured"),
     Against(PICTURE, "sequential_offload", "saves memory, not time"),
@@ -195,12 +201,12 @@ NEVER = (
     Against(MEMORY, "precision", "takes memory for weights in another form"),
     Against(MEMORY, "winograd", "takes memory for filters"),
     Against(MEMORY, "deepcache", "takes memory for features"),
+    Against(MEMORY, "forecast", "takes memory for latents, and beside offloading it is not measured"),
     Against(GOALS, "freeu", "changes the picture on purpose"),
 )
 
 ADVICE = (
     Advice((FASTEST,), (), "Tiny VAE decodes in a fraction of the time, with a little less detail"),
-    Advice(SPEED, ("other",), "ComfyUI's EasyCache does for {model} what DeepCache does for UNets"),
     Advice(GOALS, ("GPU", "no bf16"),
         "FP16-Fix VAE: {device} has no bf16, so that ComfyUI decodes in fp32, in twice the memory"),
     Advice(MEMORY, ("GPU", "apart"),

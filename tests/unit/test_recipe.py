@@ -215,7 +215,8 @@ def test_a_goal_that_is_reached_already_changes_nothing(installed):
             "SDXLRefiner",
             {"attention_backend": FUSED, "cfg_cutoff": {"cutoff": 0.75}},
         ),
-        ("fastest", "RTX 3090", "Flux", {"cfg_cutoff": {"cutoff": 0.5}}),
+        ("fastest", "RTX 3090", "Flux", {"forecast": {}, "cfg_cutoff": {"cutoff": 0.5}}),
+        ("balanced", "RTX 3090", "Flux", {"forecast": {"error_budget": 0.02}, "cfg_cutoff": {"cutoff": 0.75}}),
         (
             "fastest",
             "Xeon",
@@ -228,7 +229,12 @@ def test_a_goal_that_is_reached_already_changes_nothing(installed):
                 "cfg_cutoff": {"cutoff": 0.5},
             },
         ),
-        ("fastest", "Xeon", "Flux", {"attention_backend": {}, "precision": {}, "cfg_cutoff": {"cutoff": 0.5}}),
+        (
+            "fastest",
+            "Xeon",
+            "Flux",
+            {"attention_backend": {}, "precision": {}, "forecast": {}, "cfg_cutoff": {"cutoff": 0.5}},
+        ),
         (
             "under 6 GB",
             "RTX 3090",
@@ -295,6 +301,7 @@ def test_the_whole_text(installed):
             "+ CFG Cutoff, cutoff 0.5: half the work in the last half of the steps. Costs: approximate (SSIM 0.971)",
             "- no Precision: for processors, and this model runs on cuda",
             "- no Winograd: for processors, and this model runs on cuda",
+            "- no Forecast: UNets like SDXLRefiner have DeepCache for that",
             "- no Quantize Model: approximate; what it saves beside the others is not measured",
             "- no Sequential Offload: saves memory, not time",
             "- no FreeU: changes the picture on purpose",
