@@ -57,7 +57,11 @@ def publish(report: dict[str, Any], page: str, folder: Path | None) -> None:
 
 def name(variant: dict[str, Any]) -> str:
     """The methods that a variant has on it, with the settings that matter."""
-    shown = {"deepcache": ("cache_interval", "cache_branch_id"), "cfg_cutoff": ("cutoff",)}
+    shown = {
+        "forecast": ("error_budget",),
+        "deepcache": ("cache_interval", "cache_branch_id"),
+        "cfg_cutoff": ("cutoff",),
+    }
     parts = []
     for method in variant["methods"]:
         settings = ", ".join(f"{key} {method['settings'][key]}" for key in shown.get(method["stem"], ()))

@@ -81,7 +81,7 @@ class DeepCache(Configuration):
         return None
 
     def check(self, model: Model) -> None:
-        check_unet(self.title, model, "Use ComfyUI's EasyCache node for it.")
+        check_unet(self.title, model, "Use Forecast (Slipstream), which skips evaluations of any model.")
         if self.cache_branch_id >= model.depth:
             raise ValueError(
                 f"{self.title}: cache_branch_id must be from 0 to {model.depth - 1} on {model.name}, which has "

@@ -443,7 +443,7 @@ def test_core_caches_are_refused_wherever_they_are_wired(name, model, last_lines
 
 
 def test_a_diffusion_transformer_is_refused_by_name():
-    with pytest.raises(RuntimeError, match=r"the model is AuraFlow.*EasyCache"):
+    with pytest.raises(RuntimeError, match=r"the model is AuraFlow.*Use Forecast"):
         deepcache(hosted.model("DiT"))
 
 

@@ -38,6 +38,7 @@ SETTINGS = {
         "onediff_backend": "oneflow",
     },
     "cfg_cutoff": {"cutoff": 0.1 + 0.2, "unit": "timesteps"},
+    "forecast": {"error_budget": 0.1, "max_skips": 5, "start_percent": 0.2, "end_percent": 1 / 3},
     "deepcache": {
         "cache_interval": 5,
         "cache_branch_id": 2,
@@ -73,6 +74,7 @@ DEFAULTS_1 = {
         "onediff_backend": "nexfort",
     },
     "cfg_cutoff": {"cutoff": 0.75, "unit": "steps"},
+    "forecast": {"error_budget": 0.05, "max_skips": 3, "start_percent": 0.0, "end_percent": 1.0},
     "deepcache": {
         "cache_interval": 3,
         "cache_branch_id": 0,
