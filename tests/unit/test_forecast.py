@@ -15,8 +15,8 @@ from slipstream_pack.nodes.methods.forecast import (
     MEMORY,
     SAME_LEVEL,
     WAYS,
+    Exact,
     Forecast,
-    Made,
     Scores,
 )
 from slipstream_pack.nodes.methods.method import Evaluation, Model, Run, Steps
@@ -37,14 +37,14 @@ def polynomial(order: int, place: float) -> torch.Tensor:
     )
 
 
-def history_of(order: int, sigmas: Sequence[float], is_of_derivative: bool) -> list[Made]:
+def history_of(order: int, sigmas: Sequence[float], is_of_derivative: bool) -> list[Exact]:
     """Evaluations, newest first: the derivative is a polynomial of sigma, or the prediction one of -log sigma."""
     generator = torch.Generator().manual_seed(3)
     made = []
     for sigma in sigmas:
         x = torch.randn(1, 1, 2, 2, generator=generator, dtype=torch.float64)
         along = polynomial(order, sigma if is_of_derivative else -math.log(sigma))
-        made.append(Made(sigma, x, x - sigma * along if is_of_derivative else along, 0))
+        made.append(Exact(sigma, x, x - sigma * along if is_of_derivative else along, 0))
     return made
 
 
@@ -517,7 +517,7 @@ def test_nothing_is_learned_from_what_another_method_shortened():
     reused = [step for step in euler.cached if not euler.is_forecast[step]]
     assert run.cached == len(reused)
     assert f"nothing was learned from {run.cached} that DeepCache shortened" in run.verdict()[1]
-    (known,) = run.conditions_seen.values()
+    (known,) = run.known.values()
     assert not {made.number for made in known.history} & set(reused)
 
 
