@@ -11,9 +11,9 @@ class SlipstreamForecast(io.ComfyNode):
             node_id="SlipstreamForecast",
             display_name="Forecast (Slipstream)",
             description=(
-                "Skips evaluations of the model that can be foretold from those before, and holds what that costs under "
-                "a budget of error, which it measures as it runs. For any model (SD, SDXL, Flux, Qwen-Image, Wan, ...), "
-                "any guider and nearly any sampler. Says how many evaluations it skipped, and at what error."
+                "Skips evaluations of the model that can be foretold from those before, and holds what that costs "
+                "under a budget of error, which it measures as it runs. For any model (SD, SDXL, Flux, Qwen-Image, "
+                "Wan, ...), any guider and nearly any sampler. Says how many evaluations it skipped, and at what error."
             ),
             aliases=["step cache", "easycache", "teacache", "taylorseer", "speed", "faster"],
             options=[
@@ -26,8 +26,8 @@ class SlipstreamForecast(io.ComfyNode):
                     step=0.005,
                     round=0.0001,
                     tooltip=(
-                        "What a row of skipped evaluations may leave in the latent, as a fraction of it. 0.01 is very close to "
-                        "the exact image, 0.05 a good trade, 0.1 fast. 0 is off."
+                        "What a row of skipped evaluations may leave in the latent, as a fraction of it. 0.01 is very "
+                        "close to the exact image, 0.05 a good trade, 0.1 fast. 0 is off."
                     ),
                 ),
                 option(
