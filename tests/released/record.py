@@ -30,6 +30,11 @@ UNET, VAE = "minimal.safetensors", "sd_xl_base_1.0.safetensors"
 """Stand-ins: a UNet with attention at every level, and one with a KL autoencoder."""
 
 MODEL_NODES: dict[str, Sequence[Inputs]] = {
+    "Forecast": (
+        {},
+        {"error_budget": 0.5, "max_skips": 1, "start_percent": 0.1, "end_percent": 0.9},
+        {"error_budget": 0.0},
+    ),
     "DeepCache": (
         {},
         {"cache_interval": 2, "cache_branch_id": 1, "schedule": "quadratic", "start_percent": 0.1, "end_percent": 0.9},
