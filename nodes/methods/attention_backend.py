@@ -96,7 +96,9 @@ def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
     else:
         width, batch = call.q.shape[-1] // call.heads, call.q.shape[0]
         # As the host: by q's batch. HyperTile cuts q alone into tiles, and each attends to its part of k and v.
-        q, k, v = (t.reshape(batch, -1, t.shape[-1] // width, width).transpose(1, 2) for t in (call.q, call.k, call.v))
+        heads = call.k.shape[-1] // width if call.has_fewer_kv_heads else call.heads
+        q = call.q.reshape(batch, -1, call.heads, width).transpose(1, 2)
+        k, v = (t.reshape(batch, -1, heads, width).transpose(1, 2) for t in (call.k, call.v))
     mask = call.mask
     if mask is not None:
         while mask.ndim < 4:

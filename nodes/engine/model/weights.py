@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules import attention as host
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from torch import nn
 
 from ...methods.method import Made
@@ -124,7 +124,8 @@ class Casts:
                 *((one, lambda forward: patches.Returning(forward, theirs, dtype)) for one in others.called_among),
             ]
         if only_transformers and theirs != dtype:
-            for parent, name, output in _borders(module):
+            assert others is not None
+            for parent, name, output in _borders(module, others.apart):
                 inner = parent._modules[name]
                 assert inner is not None
                 self._borders.append((parent, name, inner, _Border(inner, dtype, theirs if output else None)))
@@ -206,10 +207,10 @@ class _Others:
 
     Attributes:
         number: of the parts.
-        apart: all modules of the parts that have weights which do not follow the dtype, or none to tell by: they go on
-            as they are.
+        apart: all modules of the parts that go on as they are: what stands in the place of a part of the host's UNet,
+            and what has weights that do not follow the dtype.
         called_apart: those of them that may be called from outside.
-        among: all modules of the other parts, whose weights are the host's operations' own.
+        among: all modules of the other parts: layers between a UNet's own, as AnimateDiff's, of the host's operations.
         called_among: those of them that the host calls.
     """
 
@@ -227,21 +228,21 @@ class _Others:
 
     def _look_through(self, module: nn.Module) -> None:
         for child in module.children():
-            if self._is_apart(child):
+            if self._is_apart(child, isinstance(module, TimestepEmbedSequential)):
                 self._set_apart(child)
-            elif machine.is_others(child) and self._is_host_s and not hasattr(child, "comfy_cast_weights"):
+            elif machine.is_others(child) and isinstance(module, TimestepEmbedSequential):
                 self.among.update(child.modules())
                 self.called_among.append(child)
             else:
                 self._look_through(child)
 
-    def _is_apart(self, part: nn.Module) -> bool:
+    def _is_apart(self, part: nn.Module, is_between: bool) -> bool:
         if part in self._unbordered:
             return True
         if not machine.is_others(part):
             return self._is_stubborn(part)
-        has_weights = next(part.parameters(), None) is not None
-        return any(map(self._is_stubborn, part.modules())) or (self._is_host_s and not has_weights)
+        is_replacing = self._is_host_s and not is_between and not hasattr(part, "comfy_cast_weights")
+        return is_replacing or any(map(self._is_stubborn, part.modules()))
 
     def _set_apart(self, part: nn.Module) -> None:
         self.number += 1
@@ -277,20 +278,20 @@ def _transformers(module: nn.Module) -> set[nn.Module]:
     return {inner for part in parts for inner in part.modules()}
 
 
-def _borders(module: nn.Module) -> Iterator[tuple[Any, str, bool]]:
-    """Where values enter the transformers of a UNet and leave them: the parent, the name, and whether they leave."""
-    unbordered = set(_unbordered(module))
+def _borders(module: nn.Module, apart: set[nn.Module]) -> Iterator[tuple[Any, str, bool]]:
+    """Where values enter the transformers of a UNet and leave them, but those parts that stay apart: the parent, the
+    name, and whether they leave."""
     for one in module.modules():
         if type(one) is host.SpatialTransformer:
             yield one, "proj_in", False
             yield one, "proj_out", True
             blocks: Any = one.transformer_blocks
             for block in blocks:
-                if block in unbordered:
+                if block in apart:
                     continue
                 # The first attends to the prompt too where it is no self-attention.
                 for attention in (block.attn1 if block.disable_self_attn else None, block.attn2):
-                    if attention is not None and attention not in unbordered:
+                    if attention is not None and attention not in apart:
                         yield attention, "to_k", False
                         yield attention, "to_v", False
 
