@@ -185,7 +185,7 @@ class Made:
     modules: int = 0
     extra_bytes: int = 0
     left: Counter[str] = field(default_factory=Counter)
-    others: int = 0
+    others: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
