@@ -94,8 +94,11 @@ def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
     if call.is_split:
         q, k, v = call.q, call.k, call.v
     else:
-        width = call.q.shape[-1] // call.heads
-        q, k, v = (t.reshape(*t.shape[:2], -1, width).transpose(1, 2) for t in (call.q, call.k, call.v))
+        width, batch = call.q.shape[-1] // call.heads, call.q.shape[0]
+        # As the host: by q's batch. HyperTile cuts q alone into tiles, and each attends to its part of k and v.
+        heads = call.k.shape[-1] // width if call.has_fewer_kv_heads else call.heads
+        q = call.q.reshape(batch, -1, call.heads, width).transpose(1, 2)
+        k, v = (t.reshape(batch, -1, heads, width).transpose(1, 2) for t in (call.k, call.v))
     mask = call.mask
     if mask is not None:
         while mask.ndim < 4:

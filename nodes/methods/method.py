@@ -213,11 +213,13 @@ class Made:
         modules: how many modules it serves.
         extra_bytes: memory that it takes beside the weights.
         left: how many more modules could have it but go on as they are, by the reason.
+        others: how many parts other nodes put into the model, which go on as they are.
     """
 
     modules: int = 0
     extra_bytes: int = 0
     left: Counter[str] = field(default_factory=Counter)
+    others: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -208,19 +208,23 @@ class PrecisionRun(MethodRun):
             did.append(f"convolutions channels-last in {self.laid_out} calls")
         if self.as_tf32:
             did.append(f"TF32 {self.config.tf32} in {self.as_tf32} calls")
-        notes = self._notes(dtype)
+        notes = self._notes(before, dtype)
         if not did:
             why = f"computes in {_name(dtype)}, as without this node"
             return "inert", "; ".join([f"changed nothing: the model {why}", *notes])
         return "active", "; ".join([", ".join(did), *notes])
 
-    def _notes(self, dtype: torch.dtype) -> list[str]:
+    def _notes(self, before: torch.dtype, dtype: torch.dtype) -> list[str]:
         notes = []
         extra = sum(made.extra_bytes for made in self.made.values())
         if extra:
             notes.append(f"{extra / 2**20:.0f} MiB more memory for its weights in that form, until the run ends")
         left: Counter[str] = sum((made.left for made in self.made.values()), Counter())
         notes += [f"the weights of {number} layers are cast at each use ({why})" for why, number in left.items()]
+        others = max((made.others for made in self.made.values()), default=0)
+        if others:
+            parts = "1 part that another node put" if others == 1 else f"{others} parts that other nodes put"
+            notes.append(f"{parts} into the model computed in {_name(before)}")
         if dtype == torch.bfloat16 and self.device == "cpu" and not has_bf16():
             notes.append("this processor has no bf16 arithmetic, so fp32 may be faster")
         if self.config.tf32 != "auto" and not self.as_tf32:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import comfy.model_management
 import hosted
 import pytest
@@ -116,6 +118,51 @@ def test_core_s_choice_of_attention_keeps_its_place(model):
     chosen = model.clone()
     chosen.set_model_optimized_attention(host.attention_split)
     assert torch.equal(sample(attention(chosen, "math")), sample(chosen))
+
+
+HOST_S = {
+    "HyperTile": ("nodes_hypertile", "HyperTile", (64, 2, 2, True)),
+    "ToMe": ("nodes_tomesd", "TomePatchModel", (0.5,)),
+    "NAG": ("nodes_nag", "NAGuidance", (5.0, 0.5, 1.5)),
+    "PAG": ("nodes_pag", "PerturbedAttentionGuidance", (3.0,)),
+    "SAG": ("nodes_sag", "SelfAttentionGuidance", (0.5, 2.0)),
+    "self attention multiplied": ("nodes_attention_multiply", "UNetSelfAttentionMultiply", (1.2, 0.9, 1.1, 1.2)),
+    "cross attention multiplied": ("nodes_attention_multiply", "UNetCrossAttentionMultiply", (1.2, 0.9, 1.1, 1.2)),
+    "temporal attention multiplied": (
+        "nodes_attention_multiply", "UNetTemporalAttentionMultiply", (1.1, 0.9, 1.1, 0.9)
+    ),
+}  # fmt: skip
+"""The host's nodes that change attention."""
+
+
+OURS = {
+    "auto": lambda patcher: attention(patcher, "auto"),
+    "math, fused": lambda patcher: attention(patcher, "math", True),
+    "CPU": lambda patcher: run_node("SlipstreamCPU", patcher, "1", bf16=False, winograd="off"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        pytest.param(name, ours, marks=[] if name == "HyperTile" or ours == "math, fused" else [pytest.mark.long])
+        for name in HOST_S
+        for ours in OURS
+    ],
+)
+def test_the_host_s_nodes_give_their_own_image(name, ours, lines):
+    """HyperTile gives attention a q of another batch than k and v have."""
+    model = hosted.model("minimal")
+    file, node, settings = HOST_S[name]
+    made = getattr(importlib.import_module(f"comfy_extras.{file}"), node).execute(model, *settings)
+    changed = (made if isinstance(made, tuple) else made.result)[0]
+    image = hosted.latent(model, size=32)
+    expected = sample(changed, steps=2, image=image)
+    assert relative_error(expected, sample(model, steps=2, image=image)) > 1e-3
+    error = relative_error(sample(OURS[ours](changed), steps=2, image=image), expected)
+    print(f"{name}: {error:.1e}")
+    assert error < 1e-5
+    assert lines()[0] == "active"
 
 
 # Fusing

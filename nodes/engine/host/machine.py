@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import inspect
 import os
 import platform
 import re
@@ -217,12 +218,28 @@ HOOKED = "another node has a hook inside"
 """Reasons of `unsuited` for which other packs' code runs in a module."""
 
 
+OURS = f"{__name__.partition('.engine.')[0]}."
+"""What the names of the pack's modules begin with."""
+
+
+def is_host_s(code: Any) -> bool:
+    """Whether a class or function is the host's own. What another pack's decorator made is that pack's, whatever it is
+    named."""
+    made_in = getattr(code, "__globals__", {}).get("__name__") or code.__module__
+    return f"{code.__module__}.".startswith("comfy.") and f"{made_in}.".startswith(("comfy.", "torch."))
+
+
+def is_others(module: torch.nn.Module) -> bool:
+    """Whether a module's class is neither the host's, nor torch's, nor ours."""
+    name = f"{type(module).__module__}."
+    return not name.startswith(("comfy.", "torch.", OURS))
+
+
 def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
     """Why no graph should be made of a module as it is now; None if one may."""
-    own = vars(type(module)).get("forward")
-    if "forward" in module.__dict__ or (own is not None and not own.__module__.startswith("comfy.")):
-        return REPLACED
     for inner in module.modules():
+        if _is_replaced(inner, inner is module):
+            return REPLACED
         if hasattr(inner, "_v"):
             return "DynamicVRAM brings the weights to the device as they are used"
         if getattr(inner, "weight_function", None) or getattr(inner, "bias_function", None):
@@ -232,6 +249,24 @@ def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
     if any(weight.device != device for weight in module.parameters()):
         return "weights are offloaded, since the model is loaded in part only"
     return None
+
+
+def _is_replaced(module: torch.nn.Module, is_outermost: bool) -> bool:
+    """Whether another node's code runs in a module that a graph would trace, and either is the outermost, or is given
+    the transformer options: a graph has constant ones."""
+    if "forward" in module.__dict__:
+        return True
+    forward: Any = type(module).forward
+    if is_host_s(forward) or forward.__module__.startswith(("torch.", OURS)):
+        return False
+    return is_outermost or _takes_options(forward)
+
+
+def _takes_options(function: Any) -> bool:
+    """Whether a function may be given the host's transformer options."""
+    parameters = inspect.signature(function, follow_wrapped=False).parameters
+    any_name = inspect.Parameter.VAR_KEYWORD
+    return "transformer_options" in parameters or any(one.kind == any_name for one in parameters.values())
 
 
 def as_sampled(patcher: Any, *conditionings: Any) -> Any:

@@ -107,24 +107,6 @@ class Override:
         return ours(*args, **kwargs) if self.before is None else self.before(ours, *args, **kwargs)
 
 
-def replaced_in(dtype: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
-    """Transformer options with which what replaces attention gets q, k and v in a dtype, whatever the model computes
-    in: IPAdapter and its like bring keys and values of their own, in the dtype that the host computes in."""
-    replacements: dict[str, Any] = options.get("patches_replace") or {}
-    kinds = [kind for kind in ("attn1", "attn2") if replacements.get(kind)]
-    if not kinds:
-        return options
-
-    def cast(replace: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: Any) -> torch.Tensor:
-            return replace(q.to(dtype), k.to(dtype), v.to(dtype), *more).to(q.dtype)
-
-        return replaced
-
-    ours = {kind: {place: cast(replace) for place, replace in replacements[kind].items()} for kind in kinds}
-    return {**options, "patches_replace": {**replacements, **ours}}
-
-
 def is_overridden(options: dict[str, Any]) -> bool:
     """Whether another node has put its own attention into these options."""
     override = options.get(OVERRIDE)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 from torch import nn
 
@@ -106,7 +107,7 @@ class Prepared:
                 self.left_out[why] += 1
         is_whole = compiler.settings.is_whole
         # Everything else in the UNet must be as the blocks are.
-        self.unsuited = machine.unsuited(unet, device) if is_whole else None
+        self.unsuited = _unsuited(unet, device) if is_whole else None
         self.geometry = _geometry(unet) if is_whole else ()
         self.told = "the UNet" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
 
@@ -257,6 +258,12 @@ class CompiledUNetCall:
 
 
 # Blocks
+
+
+def _unsuited(unet: Any, device: torch.device) -> str | None:
+    """Why no graph should be made of a whole UNet; None if one may."""
+    run_inside = (type(unet)._forward, openaimodel.forward_timestep_embed, openaimodel.apply_control)
+    return machine.unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
 
 
 def is_quantized(unet: nn.Module) -> bool:

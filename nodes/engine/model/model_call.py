@@ -17,7 +17,7 @@ import torch
 from ...methods.method import Attention, Made, Quantized, Quantizer
 from ..host import artifacts
 from ..plan import models
-from . import attention
+from . import attention, patches
 from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV
 
@@ -90,23 +90,22 @@ class HostModelCall:
     @property
     def has_self_attention_patches(self) -> bool:
         patch, replacement = SELF_ATTENTION
-        patches, replacements = self.options.get("patches") or {}, self.options.get("patches_replace") or {}
-        return bool(patches.get(patch) or replacements.get(replacement))
+        patched, replacements = self.options.get("patches") or {}, self.options.get("patches_replace") or {}
+        return bool(patched.get(patch) or replacements.get(replacement))
 
     @contextlib.contextmanager
     def computing_in(
         self, dtype: torch.dtype, layout: torch.memory_format | None, only_transformers: bool
     ) -> Iterator[Made]:
         host = self._host
-        around = host.dtype if only_transformers else None
         casts = host.once(
-            (Casts, dtype, layout, around),
-            lambda: Casts(host.module, host.device, host.hooked, dtype, layout, around),
+            (Casts, host.dtype, dtype, layout, only_transformers),
+            lambda: Casts(host.module, host.device, host.hooked, host.dtype, dtype, layout, only_transformers),
         )
         before, options = host.model.manual_cast_dtype, self.options
         try:
             if host.dtype != dtype:
-                self.options = attention.replaced_in(host.dtype, options)
+                self.options = patches.in_dtype(host.dtype, dtype, options)
             if not only_transformers:
                 # By it the host casts everything that goes into the model.
                 host.model.manual_cast_dtype = dtype

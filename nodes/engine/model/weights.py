@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.ldm.modules import attention as host
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from torch import nn
 
 from ...methods.method import Made
+from ..host import machine
+from . import patches
 
 
 def kept_as_is(module: nn.Module, device: torch.device) -> str | None:
@@ -69,9 +72,10 @@ class Casts:
         module: the diffusion model, its weights loaded and patched.
         device: where it runs.
         hooked: names of weights that hooks may patch between two calls.
+        theirs: what the host would compute in, and what other nodes put into the model goes on to.
         dtype: what it is to compute in.
         layout: memory format of convolutions' weights, which decides that of their results; None leaves them.
-        around: None casts all; a dtype casts a UNet's transformers, and leaves what is around them in that.
+        only_transformers: cast a UNet's transformers, and leave what is around them.
     """
 
     def __init__(
@@ -79,37 +83,52 @@ class Casts:
         module: nn.Module,
         device: torch.device,
         hooked: Collection[str],
+        theirs: torch.dtype,
         dtype: torch.dtype,
         layout: torch.memory_format | None,
-        around: torch.dtype | None = None,
+        only_transformers: bool = False,
     ):
         self.made = Made()
         self._borders: list[tuple[nn.Module, str, nn.Module, _Border]] = []
-        within = _transformers(module) if around is not None else None
         self._copies: list[_Copy] = []
         self._cast_by_host: list[nn.Module] = []
+        self._calls: list[tuple[nn.Module, Callable[[Any], Any]]] = []
+        others = _Others(module, dtype, only_transformers) if theirs != dtype else None
+        within = _transformers(module) if only_transformers else None
+        # UNets give each layer what they compute in, and graphs of them would have to look after each layer's dtype.
+        is_even = isinstance(module, UNetModel)
         for path, inner in module.named_modules():
             # Whatever is none of the host's operations casts its weights by itself: the host demands it of them.
             if not hasattr(inner, "comfy_cast_weights") or not inner._parameters:
                 continue
             why = kept_as_is(inner, device)
-            if within is not None and inner not in within:
+            if (within is not None and inner not in within) or (others is not None and inner in others.apart):
                 if why is None:
                     self._add(path, inner, hooked, None, layout)
                 continue
             if why is None:
                 self._add(path, inner, hooked, dtype if device.type == "cpu" else None, layout)
                 if device.type == "cpu":
+                    if not is_even or (others is not None and inner in others.among):
+                        # Some models compute in float32 here and there: as the host has it, weights follow the input.
+                        self._cast_by_host.append(inner)
                     continue
                 why = "a GPU is fast at it"
             if any(weight.dtype != dtype for weight in inner.parameters(recurse=False)):
                 self._cast_by_host.append(inner)
                 self.made.left[why] += 1
-        if around not in (None, dtype):
-            for parent, name, output in _borders(module):
+        if others is not None:
+            self.made.others = others.number
+            self._calls = [
+                *((one, lambda forward: patches.Abroad(forward, theirs, dtype)) for one in others.called_apart),
+                *((one, lambda forward: patches.Returning(forward, theirs, dtype)) for one in others.called_among),
+            ]
+        if only_transformers and theirs != dtype:
+            assert others is not None
+            for parent, name, output in _borders(module, others.apart):
                 inner = parent._modules[name]
                 assert inner is not None
-                self._borders.append((parent, name, inner, _Border(inner, dtype, around if output else None)))
+                self._borders.append((parent, name, inner, _Border(inner, dtype, theirs if output else None)))
 
     @torch.no_grad()
     def _add(
@@ -140,6 +159,11 @@ class Casts:
         borders = [border for border in self._borders if border[0]._modules[border[1]] is border[2]]
         flags = [(module, module.__dict__.get("comfy_cast_weights")) for module in self._cast_by_host]
         lowvram = {module for module, _ in flags if "prev_comfy_cast_weights" in module.__dict__}
+        calls = [
+            (module, module.__dict__.get("forward"), wrap)
+            for module, wrap in self._calls
+            if not isinstance(module.__dict__.get("forward"), patches.Abroad)
+        ]
         try:
             for copy in copies:
                 copy.module._parameters[copy.name] = copy.weight
@@ -147,8 +171,15 @@ class Casts:
                 module.__dict__["comfy_cast_weights"] = True
             for parent, name, _, border in borders:
                 parent._modules[name] = border
+            for module, _, wrap in calls:
+                module.__dict__["forward"] = wrap(module.forward)
             yield
         finally:
+            for module, forward, _ in calls:
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = forward
             for parent, name, inner, _ in borders:
                 parent._modules[name] = inner
             for copy in copies:
@@ -165,6 +196,81 @@ class Casts:
                     module.__dict__["comfy_cast_weights"] = flag
 
 
+class _Others:
+    """What other nodes put into a model: modules of classes that are neither the host's nor torch's, and those that do
+    not cast their weights to what they are given, as the host's operations do.
+
+    Args:
+        module: the diffusion model.
+        dtype: what it is to compute in.
+        only_transformers: whether that is so in a UNet's transformers alone.
+
+    Attributes:
+        number: of the parts.
+        apart: all modules of the parts that go on as they are: what stands in the place of a part of the host's UNet,
+            and what has weights that do not follow the dtype.
+        called_apart: those of them that may be called from outside.
+        among: all modules of the other parts: layers between a UNet's own, as AnimateDiff's, of the host's operations.
+        called_among: those of them that the host calls.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, only_transformers: bool):
+        self.number = 0
+        self.apart: set[nn.Module] = set()
+        self.called_apart: list[nn.Module] = []
+        self.among: set[nn.Module] = set()
+        self.called_among: list[nn.Module] = []
+        self._dtype = dtype
+        # A model that is another pack's as a whole may well compute in several dtypes.
+        self._is_host_s = isinstance(module, UNetModel)
+        self._unbordered = set(_unbordered(module)) if only_transformers else set()
+        self._look_through(module)
+
+    def _look_through(self, module: nn.Module) -> None:
+        for child in module.children():
+            if self._is_apart(child, isinstance(module, TimestepEmbedSequential)):
+                self._set_apart(child)
+            elif machine.is_others(child) and isinstance(module, TimestepEmbedSequential):
+                self.among.update(child.modules())
+                self.called_among.append(child)
+            else:
+                self._look_through(child)
+
+    def _is_apart(self, part: nn.Module, is_between: bool) -> bool:
+        if part in self._unbordered:
+            return True
+        if not machine.is_others(part):
+            return self._is_stubborn(part)
+        is_replacing = self._is_host_s and not is_between and not hasattr(part, "comfy_cast_weights")
+        return is_replacing or any(map(self._is_stubborn, part.modules()))
+
+    def _set_apart(self, part: nn.Module) -> None:
+        self.number += 1
+        self.apart.update(part.modules())
+        self.called_apart += [one for one in part.modules() if one is part or one._parameters]
+
+    def _is_stubborn(self, module: nn.Module) -> bool:
+        """Whether a module has weights of its own, of another dtype, that nothing casts."""
+        if hasattr(module, "comfy_cast_weights") or machine.is_host_s(type(module)):
+            return False
+        own = module.parameters(recurse=False)
+        return any(one.is_floating_point() and one.element_size() > 1 and one.dtype != self._dtype for one in own)
+
+
+def _unbordered(module: nn.Module) -> Iterator[nn.Module]:
+    """Parts of a UNet's transformers that are not built as the host's, so that nothing tells where values enter."""
+    for one in module.modules():
+        if type(one) is host.SpatialTransformer:
+            blocks: Any = one.transformer_blocks
+            for block in blocks:
+                if not isinstance(block, host.BasicTransformerBlock):
+                    yield block
+                    continue
+                for attention in (block.attn1, block.attn2):
+                    if attention is not None and not {"to_k", "to_v"} <= attention._modules.keys():
+                        yield attention
+
+
 def _transformers(module: nn.Module) -> set[nn.Module]:
     """What computes the transformers of a UNet, their projections included."""
     found = [one for one in module.modules() if type(one) is host.SpatialTransformer]
@@ -172,17 +278,20 @@ def _transformers(module: nn.Module) -> set[nn.Module]:
     return {inner for part in parts for inner in part.modules()}
 
 
-def _borders(module: nn.Module) -> Iterator[tuple[Any, str, bool]]:
-    """Where values enter the transformers of a UNet and leave them: the parent, the name, and whether they leave."""
+def _borders(module: nn.Module, apart: set[nn.Module]) -> Iterator[tuple[Any, str, bool]]:
+    """Where values enter the transformers of a UNet and leave them, but those parts that stay apart: the parent, the
+    name, and whether they leave."""
     for one in module.modules():
         if type(one) is host.SpatialTransformer:
             yield one, "proj_in", False
             yield one, "proj_out", True
             blocks: Any = one.transformer_blocks
             for block in blocks:
+                if block in apart:
+                    continue
                 # The first attends to the prompt too where it is no self-attention.
                 for attention in (block.attn1 if block.disable_self_attn else None, block.attn2):
-                    if attention is not None:
+                    if attention is not None and attention not in apart:
                         yield attention, "to_k", False
                         yield attention, "to_v", False
 
@@ -284,13 +393,12 @@ class FusedQKV:
 
 def _not_fused(module: Any, device: torch.device) -> str | None:
     """Why a self-attention keeps its three projections; None if it may have one."""
-    layers = (getattr(module, "to_q", None), getattr(module, "to_k", None), getattr(module, "to_v", None))
-    if type(module) is not host.CrossAttention or "forward" in module.__dict__:
+    if type(module) is not host.CrossAttention or "forward" in module.__dict__ or not machine.is_host_s(module.forward):
         return "another node replaced their code"
     if module._forward_hooks or module._forward_pre_hooks:
         return "another node has a hook on them"
     weights: list[torch.Tensor] = []
-    for layer in layers:
+    for layer in (module.to_q, module.to_k, module.to_v):
         if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__ or layer.bias is not None:
             return "another node replaced their projections"
         if layer._forward_hooks or layer._forward_pre_hooks:
