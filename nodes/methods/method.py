@@ -203,6 +203,7 @@ class Attention:
         has_fewer_kv_heads: whether k and v may have fewer heads than q.
         host_name: what the host calls its own attention, such as ``sub_quad`` or ``pytorch``.
         host: the host's own attention on all of this.
+        needs_precision: whether the model asks for no less than its own dtype.
     """
 
     q: Tensor
@@ -216,6 +217,7 @@ class Attention:
     has_fewer_kv_heads: bool
     host_name: str
     host: Callable[[], Tensor]
+    needs_precision: bool = False
 
 
 @dataclass
@@ -269,8 +271,12 @@ class ModelCall(Protocol):
         """Whether the host samples with copies of this model on other devices at the same time."""
 
     @property
-    def is_attention_overridden(self) -> bool:
-        """Whether another node has put its own attention on this model."""
+    def attention_before(self) -> str | None:
+        """The attention that another node has put on this model, by its name; None if none did."""
+
+    @property
+    def own_attentions(self) -> int:
+        """Layers for which the checkpoint names an attention, which the host uses unless another takes its place."""
 
     @property
     def has_self_attention_patches(self) -> bool:
@@ -395,6 +401,11 @@ class MethodRun:
         """Around one evaluation. Returns the denoised latent."""
         raise NotImplementedError
 
+    def accepts(self, evaluation: Evaluation, denoised: Tensor) -> bool:
+        """After one evaluation: whether its denoised latent may be used. If not, it is made once more: refuse once in a
+        run at most, and do otherwise from then on."""
+        raise NotImplementedError
+
     def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
         """Around one call of the model, of any architecture. Returns what `run` does: the denoised latent."""
         raise NotImplementedError
@@ -432,7 +443,7 @@ class Configuration:
         stem: the method's name in files, registry and plan.
         title: the method's name to a user.
         phase: when it takes part; the engine runs the phases in their order.
-        is_exact: whether the image stays the same up to rounding.
+        is_exact: whether the image stays the same up to rounding; settings may make it otherwise.
     """
 
     stem: ClassVar[str]

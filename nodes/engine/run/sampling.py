@@ -105,6 +105,7 @@ class SamplingRun:
         self.now = Now(self.steps, self.record)
         keeper: artifacts.Keeper = guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
         self.around_evaluation: MethodRun | None = None
+        self.judges: list[MethodRun] = []
         self.model_calls = ModelCalls(self.now, self._patchers, keeper)
         self.unet_calls = UNetCalls(self.now, self._patchers, keeper)
 
@@ -143,6 +144,7 @@ class SamplingRun:
             if takes_part(method, "compile"):
                 self.unet_calls.compile(entry.config, method, self.guider.model_patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
+        self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
         self.unet_calls.at_output_block = self._taking_part("output_block")
@@ -183,6 +185,7 @@ class SamplingRun:
         self.teller.end(self.methods, error)
         self.model_calls.end()
         self.methods.clear()
+        self.judges.clear()
         self.around_evaluation = self.memory = self.now.evaluation = None
 
     # What is installed for the run, and taken back after it.
@@ -224,11 +227,14 @@ class SamplingRun:
         seed: int | None = None,
     ) -> torch.Tensor:
         sigma = float(timestep.flatten()[0])
-        evaluation = self.now.begin_evaluation(x.shape, sigma)
-        if self.around_evaluation is None:
-            return executor(x, timestep, model_options, seed)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, sigma)
-        return self.around_evaluation.predict_noise(evaluation, guidance)
+        evaluation = self.now.begin_evaluation(x.shape, sigma)
+        while True:
+            around = self.around_evaluation
+            denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
+            if all(method.accepts(evaluation, denoised) for method in self.judges):
+                return denoised
+            evaluation = self.now.begin_again()
 
     def apply_model(
         self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
