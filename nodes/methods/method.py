@@ -379,6 +379,7 @@ class Loaded:
         device: its name, such as ``cuda:0``.
         is_kept_there: whether that is also where weights wait that are not in use.
         is_dynamic: whether the host brings weights to it as they are used, by itself.
+        spread: how another node spreads the weights over devices, which the host's loading then goes by; empty if none.
         streams: how many weights can be on their way while the device computes; 0 if it waits for each.
         peak_mib: the most in use on the device since the run began; None if it does not tell.
     """
@@ -390,6 +391,7 @@ class Loaded:
     device: str
     is_kept_there: bool = False
     is_dynamic: bool = False
+    spread: str = ""
     streams: int = 0
     peak_mib: float | None = None
 

@@ -40,6 +40,15 @@ def _budget_of(patcher: Any) -> float | None:
     return None
 
 
+def _spread(patcher: Any) -> str:
+    """What ComfyUI-MultiGPU's DisTorch was told for a model; empty without. It loads such models by a code of its own,
+    which asks no patcher for its budget."""
+    told = getattr(patcher.model, "_distorch_v2_meta", None)
+    if not told:
+        return ""
+    return str(told.get("full_allocation") or "as it likes") if isinstance(told, dict) else "as it likes"
+
+
 class Budgeted(ModelPatcher):
     """A patcher that loads its model within its plan's budget. The plan is all that it knows: it has no state."""
 
@@ -119,6 +128,7 @@ class Watch:
             device=str(patcher.load_device),
             is_kept_there=patcher.load_device == patcher.offload_device,
             is_dynamic=machine.is_dynamic(patcher),
+            spread=_spread(patcher),
             streams=comfy.model_management.NUM_STREAMS,
             peak_mib=self._peak_mib,
         )
