@@ -349,7 +349,9 @@ def test_where_distorch_has_the_say_it_is_told(told, words, model, last_lines):
     """ComfyUI-MultiGPU marks the models that it spreads over devices."""
     expected = sample(model)
     model.model._distorch_v2_meta = told
-    assert torch.equal(sample(offload(model)), expected)
+    mine = offload(model)
+    assert isinstance(mine, budgets.Budgeted) == (words is None)
+    assert torch.equal(sample(mine), expected)
     ((state, text),) = last_lines("1")
     assert state == ("active" if words is None else "inert")
     assert words is None or f"has the say over where this model's weights are {words}, whatever the budget" in text

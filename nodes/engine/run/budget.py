@@ -32,7 +32,9 @@ _budgeted: dict[type, type] = {}
 
 
 def _budget_of(patcher: Any) -> float | None:
-    """Bytes that the plan grants a model's weights; None if it sets no budget."""
+    """Bytes that the plan grants a model's weights; None if it sets no budget, or another node spreads them."""
+    if _spread(patcher):
+        return None
     for entry in plan_of(patcher).entries:
         mib = getattr(entry.config, "budget_mib", None)
         if mib is not None:
