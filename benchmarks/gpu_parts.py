@@ -39,7 +39,7 @@ PARTS = (
     Part("holds", "Does it hold", 55),
     Part("sdxl", "What it gives: SDXL", 95),
     Part("vae", "What it gives: the VAE", 25),
-    Part("transformer", "What it gives: a transformer", 20),
+    Part("transformer", "What it gives: a transformer", 24),
     Part("offload", "Sequential Offload", 18),
     Part("sync", "What reading the noise level costs", 8),
 )
@@ -74,7 +74,7 @@ ON_GPUS = ("fp8 dynamic",)
 """What a CPU has no instructions for."""
 
 QUANTIZED = 0.2
-"""The same for quantized weights, on random ones."""
+"""The same for quantized weights, on random ones, and for attention in eight bits."""
 
 
 # The process that runs them
@@ -179,6 +179,19 @@ def schemes(bench: Any, prefix: str = "") -> list[str]:
     return [scheme for scheme in SCHEMES if scheme not in left_out]
 
 
+def eight_bit_attentions(bench: Any, prefix: str = "") -> list[str]:
+    """Those of Attention Backend that this machine has."""
+    import hosted
+
+    method = hosted.method("attention_backend")
+    reasons = {name: method.lacking(name, device().type) for name in method.EIGHT_BITS}
+    for name, reason in reasons.items():
+        if reason is not None:
+            # What follows names this machine's paths.
+            bench.leave_out(f"{prefix}{name}", reason.split(". ")[0])
+    return [name for name, reason in reasons.items() if reason is None]
+
+
 def verdict(node_id: str) -> str:
     """What a node says of its last run."""
     import hosted
@@ -280,6 +293,11 @@ def _attention(bench: Any, prefix: str, dtype: Any, bound: float) -> None:
         with bench.trying(f"{prefix}attention {backend}"):
             image = hosted.sample(with_nodes(model, ("Attention", {"backend": backend, "fuse_qkv": True})))
             held(bench, f"{prefix}attention {backend}", relative(image, expected), bound)
+            bench.keep(f"{prefix}attention {backend}, its verdict", verdict("1"))
+    for backend in eight_bit_attentions(bench, f"{prefix}attention "):
+        with bench.trying(f"{prefix}attention {backend}"):
+            image = hosted.sample(with_nodes(model, ("Attention", {"backend": backend})))
+            held(bench, f"{prefix}attention {backend}", relative(image, expected), QUANTIZED)
             bench.keep(f"{prefix}attention {backend}, its verdict", verdict("1"))
 
 
@@ -386,6 +404,11 @@ def _full_size(bench: Any) -> None:
             if name in EXACT:
                 figure |= {"bound": BOUNDS["float16"], "holds": figure["error"] <= BOUNDS["float16"]}
             bench.keep(f"full size: {name}", figure)
+    for backend in eight_bit_attentions(bench, "full size: "):
+        with bench.trying(f"full size: {backend}"):
+            image = hosted.sample(with_nodes(model, ("Attention", {"backend": backend})), **more)
+            held(bench, f"full size: {backend}", relative(image, expected), QUANTIZED)
+            bench.keep(f"full size: {backend}, its verdict", verdict("1"))
     bench.keep("full size: as it was", {"holds": torch.equal(hosted.sample(model, **more), expected)})
 
 
@@ -612,7 +635,7 @@ def flux(bench: Any) -> Any:
 
 
 def transformer(bench: Any) -> None:
-    """Flux's layout, 12 steps: eager, with fewer evaluations, and with quantized weights."""
+    """Flux's layout, 12 steps: eager, with fewer evaluations, with quantized weights, and with attention in eight bits."""
     import hosted
     import torch
 
@@ -637,6 +660,8 @@ def transformer(bench: Any) -> None:
     variants.append(Variant("Forecast", sampling(("Forecast", {})), 3))
     for scheme in schemes(bench):
         variants.append(Variant(scheme, sampling(("Quantize", {"scheme": scheme, **least})), 4))
+    for backend in eight_bit_attentions(bench):
+        variants.append(Variant(f"Attention {backend}", sampling(("Attention", {"backend": backend})), 4))
     compare(bench, variants, 1 if bench.is_tiny else 3, "stock")
 
 

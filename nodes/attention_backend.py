@@ -11,11 +11,20 @@ class SlipstreamAttention(io.ComfyNode):
             node_id="SlipstreamAttention",
             display_name="Attention Backend (Slipstream)",
             description=(
-                "Which kernel computes attention, for this model alone: PyTorch's flash, efficient, cuDNN or math. "
-                "Where it does not serve a shape, ComfyUI's own does, and the node says so. For any model; on a CPU "
-                "auto is faster than ComfyUI's own."
+                "Which kernel computes attention, for this model alone: PyTorch's flash, efficient, cuDNN or math, or "
+                "one that multiplies in eight bits. Where it does not serve a shape, ComfyUI's own does, and the node "
+                "says so. For any model; on a CPU auto is faster than ComfyUI's own."
             ),
-            aliases=["sdpa", "flash attention", "cudnn", "fuse qkv", "scaled dot product", "faster"],
+            aliases=[
+                "sdpa",
+                "flash attention",
+                "sage attention",
+                "int8 attention",
+                "cudnn",
+                "fuse qkv",
+                "scaled dot product",
+                "faster",
+            ],
             options=[
                 option(
                     io.Combo,
@@ -24,7 +33,9 @@ class SlipstreamAttention(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "auto: PyTorch's choice for each shape, where ComfyUI would use none of its kernels. flash, "
-                        "efficient, cudnn, math: that kernel. host: ComfyUI's attention as it is."
+                        "efficient, cudnn, math: that kernel. host: ComfyUI's attention as it is. sage, "
+                        "comfy_kitchen_int8: products in eight bits on a GPU, approximate; where they overflow, the "
+                        "step is computed again with ComfyUI's own. sage needs the package sageattention."
                     ),
                 ),
                 option(

@@ -87,7 +87,7 @@ class CFGCutoffRun(MethodRun):
         return evaluation.sigma <= self.sigma
 
     def predict_noise(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
-        self.evaluations += 1
+        self.evaluations += not evaluation.is_again
         is_guided = guidance.is_guided
         self.is_guided |= is_guided
         is_alone = is_guided and self.is_past(evaluation)
@@ -101,7 +101,7 @@ class CFGCutoffRun(MethodRun):
         if not is_alone:
             if is_guided:
                 self.guided_predictions = evaluation.predictions
-        else:
+        elif not evaluation.is_again:
             self.alone += 1
             if self.began_at is None:
                 self.began_at = evaluation.step

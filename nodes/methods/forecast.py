@@ -310,6 +310,9 @@ class ForecastRun(MethodRun):
 
     def _begin(self, evaluation: Evaluation) -> None:
         """The sampler asks for the next prediction."""
+        if evaluation.is_again:
+            self._begin_again(evaluation)
+            return
         self._read()
         sigma, is_same_step = evaluation.sigma, evaluation.step == self.step
         goes_up = sigma > self.sigma * (1 + self.steps.TOLERANCE)
@@ -329,6 +332,15 @@ class ForecastRun(MethodRun):
             self.row += 1
         else:
             self._note_made(why)
+
+    def _begin_again(self, evaluation: Evaluation) -> None:
+        """What came of the evaluation was not accepted: nothing is kept of it, and it is made."""
+        self.evaluation, self.groups = evaluation, []
+        self.unread.clear()
+        for known in self.known.values():
+            known.history = [exact for exact in known.history if exact.number != self.number]
+        if self.is_skipping:
+            self._make("since a forecast was not finite")
 
     def _note_made(self, why: str) -> None:
         self.made[why] += 1

@@ -146,6 +146,7 @@ class Evaluation:
         predictions: conditions that have gone through the network so far in this evaluation.
         is_forecast: whether it is foretold, and not made.
         is_cached: whether a part of the model was reused in it from an earlier one.
+        is_again: whether it is made once more, since a method did not accept what came of it.
     """
 
     step: int
@@ -153,6 +154,7 @@ class Evaluation:
     predictions: int = 0
     is_forecast: bool = False
     is_cached: bool = False
+    is_again: bool = False
 
 
 class Guidance(Protocol):
@@ -239,6 +241,7 @@ class Attention:
         has_fewer_kv_heads: whether k and v may have fewer heads than q.
         host_name: what the host calls its own attention, such as ``sub_quad`` or ``pytorch``.
         host: the host's own attention on all of this.
+        needs_precision: whether the model asks for no less than its own dtype.
     """
 
     q: Tensor
@@ -252,6 +255,7 @@ class Attention:
     has_fewer_kv_heads: bool
     host_name: str
     host: Callable[[], Tensor]
+    needs_precision: bool = False
 
 
 @dataclass
@@ -305,8 +309,12 @@ class ModelCall(Protocol):
         """Whether the host samples with copies of this model on other devices at the same time."""
 
     @property
-    def is_attention_overridden(self) -> bool:
-        """Whether another node has put its own attention on this model."""
+    def attention_before(self) -> str | None:
+        """The attention that another node has put on this model, by its name; None if none did."""
+
+    @property
+    def own_attentions(self) -> int:
+        """Layers for which the checkpoint names an attention, which the host uses unless another takes its place."""
 
     @property
     def has_self_attention_patches(self) -> bool:
@@ -409,6 +417,7 @@ class Loaded:
         device: its name, such as ``cuda:0``.
         is_kept_there: whether that is also where weights wait that are not in use.
         is_dynamic: whether the host brings weights to it as they are used, by itself.
+        spread: how another node spreads the weights over devices, which the host's loading then goes by; empty if none.
         streams: how many weights can be on their way while the device computes; 0 if it waits for each.
         peak_mib: the most in use on the device since the run began; None if it does not tell.
     """
@@ -420,6 +429,7 @@ class Loaded:
     device: str
     is_kept_there: bool = False
     is_dynamic: bool = False
+    spread: str = ""
     streams: int = 0
     peak_mib: float | None = None
 
@@ -433,6 +443,11 @@ class MethodRun:
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
         """Around the model's part in an evaluation, of all conditions at once. Returns what `call.evaluate` does."""
+        raise NotImplementedError
+
+    def accepts(self, evaluation: Evaluation, denoised: Tensor) -> bool:
+        """After one evaluation: whether its denoised latent may be used. If not, it is made once more: refuse once in a
+        run at most, and do otherwise from then on."""
         raise NotImplementedError
 
     def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
@@ -472,7 +487,7 @@ class Configuration:
         stem: the method's name in files, registry and plan.
         title: the method's name to a user.
         phase: when it takes part; the engine runs the phases in their order.
-        is_exact: whether the image stays the same up to rounding.
+        is_exact: whether the image stays the same up to rounding; settings may make it otherwise.
     """
 
     stem: ClassVar[str]

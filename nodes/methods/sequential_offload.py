@@ -66,6 +66,11 @@ class SequentialOffloadRun(MethodRun):
                 f"passed through: DynamicVRAM already brings this model's weights to {loaded.device} as they are used, "
                 "as many as there is room for. For a budget start ComfyUI with --disable-dynamic-vram"
             )
+        if loaded.spread:
+            return "inert", (
+                f"passed through: DisTorch, from another node, has the say over where this model's weights are "
+                f"({loaded.spread}), whatever the budget. Load the model without it, or take this node out"
+            )
         if loaded.is_kept_there:
             return "inert", f"offloaded nothing: this model's weights are kept on {loaded.device}, where they are used"
         if loaded.resident_layers == loaded.layers:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 
 import comfy.model_management
+import comfy.patcher_extension
 import hosted
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
 from comfy.model_patcher import ModelPatcher
-from hosted import CONFIGS, PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
+from comfy_extras.nodes_easycache import EasyCacheNode
+from hosted import (
+    CONFIGS,
+    PlantedError,
+    add_lora,
+    compile_model,
+    hooked_prompt,
+    relative_error,
+    run_node,
+    sample,
+    with_control,
+)
 from torch.nn.attention import _cur_sdpa_kernel_backends as enabled
 
 
@@ -109,15 +123,115 @@ def test_an_override_that_does_not_keeps_its_place_and_is_named(model, lines):
 
     expected = sample(overridden(model, override))
     assert torch.equal(sample(attention(overridden(model, override), "math")), expected)
-    assert lines() == ("inert", "another node overrides attention and leaves nothing to this one")
+    assert lines() == ("inert", "another node chose attention before (override) and leaves nothing to this one")
 
 
-def test_core_s_choice_of_attention_keeps_its_place(model):
+def test_core_s_choice_of_attention_keeps_its_place_and_is_named(model, lines):
     if not hasattr(model, "set_model_optimized_attention"):
         pytest.skip("this host has none")
     chosen = model.clone()
     chosen.set_model_optimized_attention(host.attention_split)
     assert torch.equal(sample(attention(chosen, "math")), sample(chosen))
+    assert lines() == ("inert", "another node chose attention before (split) and leaves nothing to this one")
+
+
+# In eight bits
+
+
+class StandIn:
+    """A package's kernel that computes exactly, but gives NaN in one evaluation, or in each from one on."""
+
+    def __init__(self, bad, is_once=True):
+        self.bad, self.is_once, self.evaluation, self.calls = bad, is_once, 0, 0
+
+    def sageattn(self, q, k, v, tensor_layout, is_causal, sm_scale, smooth_k):
+        self.calls += 1
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=sm_scale)
+        is_bad = self.evaluation == self.bad if self.is_once else self.evaluation >= self.bad
+        return output * torch.nan if is_bad else output
+
+    def on(self, patcher):
+        """Counts the evaluations that the sampler asks for."""
+        clone = patcher.clone()
+
+        def counted(executor, *args):
+            self.evaluation += 1
+            return executor(*args)
+
+        clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "counting", counted)
+        return clone
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts one in the place of sageattention, as on a GPU."""
+
+    def install(*args, **kwargs):
+        found = StandIn(*args, **kwargs)
+        monkeypatch.setitem(sys.modules, "sageattention", found)
+        monkeypatch.setattr(hosted.method("attention_backend"), "lacking", lambda *_: None)
+        return found
+
+    return install
+
+
+BESIDE = {
+    "alone": lambda model: model,
+    "deepcache": lambda model: run_node("SlipstreamDeepCache", model, "2", cache_interval=3),
+    "cfg cutoff": lambda model: run_node("SlipstreamCFGCutoff", model, "2", cutoff=0.5),
+    "core's FreeU": hosted.add_core_freeu,
+    "compiled": lambda model: compile_model(model, "2"),
+}
+
+
+@pytest.mark.parametrize("beside", list(BESIDE))
+@pytest.mark.parametrize("bad", [1, 3, 4])
+def test_an_evaluation_that_is_not_finite_is_made_again_with_the_host_s_own(beside, bad, stand_in, lines):
+    model = BESIDE[beside](hosted.model("minimal"))
+    expected = sample(model)
+    kernel = stand_in(bad)
+    image = sample(attention(kernel.on(model), "sage"))
+    print(f"{relative_error(image, expected):.1e}; {lines()}")
+    assert relative_error(image, expected) < 1e-4
+    assert f"since what sage gave in step {bad} was not finite" in lines()[1]
+    assert lines()[0] == ("inert" if bad == 1 else "active")
+    assert kernel.evaluation == 6, "the sampler asks as often as without"
+    last = list(hosted.engine("telling.history")._kept.values())[-1]
+    assert last.record["evaluations"] == 6
+
+
+def test_core_s_easycache_goes_on_from_the_one_that_was_made_again(stand_in, lines):
+    """It saw both, and skips other steps than without: what is held is that nothing of the bad one stays."""
+    model = EasyCacheNode.execute(hosted.model("minimal"), 0.2, 0.15, 0.95, False).result[0]
+    expected = sample(model, steps=12)
+    image = sample(attention(stand_in(3).on(model), "sage"), steps=12)
+    assert "in step 3 was not finite" in lines()[1]
+    assert relative_error(image, expected) < 0.1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_with_a_controlnet_whose_features_a_call_uses_up(both, stand_in, lines):
+    model = hosted.model("minimal")
+    positive = lambda: with_control(hosted.prompt(model, 10), hosted.controlnet(model), both=both)  # noqa: E731
+    expected = sample(model, positive())
+    image = sample(attention(stand_in(3).on(model), "sage"), positive())
+    assert relative_error(image, expected) < 1e-4
+    assert "in step 3 was not finite" in lines()[1]
+
+
+def test_where_nothing_overflows_it_is_looked_at_once_an_evaluation(stand_in, monkeypatch, lines):
+    looked = []
+    stand_in(bad=-1)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: looked.append(self) or torch.isfinite(self))
+    model = hosted.model("minimal")
+    expected = sample(model)
+    assert relative_error(sample(attention(model, "math")), expected) < 1e-5
+    assert not looked
+    image = sample(attention(model, "sage"))
+    assert len(looked) == 6
+    assert relative_error(image, expected) < 1e-5
+    assert lines()[0] == "active"
+    assert re.fullmatch(r"the sage kernel in (\d+) of \1 attention calls", lines()[1])
 
 
 HOST_S = {

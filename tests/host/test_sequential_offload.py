@@ -341,6 +341,22 @@ def test_under_dynamic_vram_it_passes_through_and_says_what_the_run_took(model, 
     assert text.endswith("at most 700 MiB were in use there in this run, other programs included")
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [({"full_allocation": "#cuda:0;4.0;cpu"}, "(#cuda:0;4.0;cpu)"), ({}, None), ("?", "(as it likes)")],
+)
+def test_where_distorch_has_the_say_it_is_told(told, words, model, last_lines):
+    """ComfyUI-MultiGPU marks the models that it spreads over devices."""
+    expected = sample(model)
+    model.model._distorch_v2_meta = told
+    mine = offload(model)
+    assert isinstance(mine, budgets.Budgeted) == (words is None)
+    assert torch.equal(sample(mine), expected)
+    ((state, text),) = last_lines("1")
+    assert state == ("active" if words is None else "inert")
+    assert words is None or f"has the say over where this model's weights are {words}, whatever the budget" in text
+
+
 def test_a_device_that_stops_telling_costs_no_image(model, last_lines, monkeypatch):
     def broken():
         if reads:

@@ -133,6 +133,90 @@ def test_flux_2_packs_its_latents(folder):
     assert vae.encode(pixels(72)).shape == (1, 128, 4, 4)
 
 
+# Newer hosts: 64 channels, each with a scale of its own, 16 pixels to one, and transparency
+
+
+class Wide(torch.nn.Module):
+    """What TAESD is there for such latents, as far as the node looks at it: shapes, names and scales."""
+
+    def __init__(self, latent_channels=64):
+        super().__init__()
+        conv = torch.nn.Conv2d
+        self.taesd_encoder = torch.nn.Sequential(conv(4, 8, 1), torch.nn.PixelUnshuffle(16), conv(8 * 256, 64, 1))
+        self.taesd_decoder = torch.nn.Sequential(
+            torch.nn.Tanh(), conv(latent_channels, 256, 3, padding=1), conv(256, 4 * 256, 1), torch.nn.PixelShuffle(16)
+        )
+        self.vae_scale = torch.nn.Parameter(torch.ones(64, 1, 1))
+        self.vae_shift = torch.nn.Parameter(torch.zeros(64, 1, 1))
+
+    def decode(self, x):
+        return self.taesd_decoder((x - self.vae_shift) * self.vae_scale).sub(0.5).mul(2)
+
+    def encode(self, x):
+        return self.taesd_encoder(x * 0.5 + 0.5) / self.vae_scale + self.vae_shift
+
+
+class Qwen(latent_formats.LatentFormat):
+    latent_channels = 64
+    spacial_downscale_ratio = 16
+    taesd_decoder_name = "taeqi2_1_decoder"
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.latents_mean = torch.randn(1, 64, 1, 1, generator=generator)
+        self.latents_std = torch.rand(1, 64, 1, 1, generator=generator) + 0.5
+
+    def process_in(self, latent):
+        return (latent - self.latents_mean) / self.latents_std
+
+
+@pytest.fixture
+def newer(monkeypatch):
+    own = comfy.taesd.taesd.TAESD
+    make = lambda latent_channels=4: Wide() if latent_channels == 64 else own(latent_channels=latent_channels)  # noqa: E731
+    monkeypatch.setattr(comfy.taesd.taesd, "TAESD", make)
+    monkeypatch.setattr(comfy.taesd.taesd, "DecoderF16", Wide, raising=False)
+    monkeypatch.setattr(latent_formats, "QwenImage21", Qwen, raising=False)
+
+
+def wide():
+    with torch.no_grad():
+        module = Wide()
+        small_models.initialize(module, 1)
+        return module
+
+
+@pytest.mark.parametrize("name", ["auto", "taeqi2_1_decoder.safetensors"])
+def test_64_channels_with_scales_of_their_own_and_transparency(name, folder, newer, last_lines):
+    module = put(folder, "taeqi2_1", wide())
+    vae = load(of_format(Qwen()), name)
+    samples = latent(64, 3)
+    expected = module.taesd_decoder(Qwen().process_in(samples)).clamp(0, 1).movedim(1, -1)
+    decoded = vae.decode(samples)
+    assert decoded.shape == (1, 48, 48, 4)
+    assert torch.allclose(decoded, expected, atol=1e-4)
+    opaque = torch.cat([pixels(32), torch.ones(1, 32, 32, 1)], -1)
+    assert torch.equal(vae.encode(pixels(32)), vae.encode(opaque))
+    expected = module.taesd_encoder(opaque.movedim(-1, 1)) * Qwen().latents_std + Qwen().latents_mean
+    assert torch.allclose(vae.encode(pixels(32)), expected, rtol=1e-3, atol=1e-3)
+    assert last_lines("7")[-1][0] == "active"
+
+
+def test_64_channels_of_another_ratio_are_refused(folder, newer):
+    put(folder, "taeqi2_1", wide())
+    with pytest.raises(ValueError, match=r"\(HunyuanImage21\) is 32 pixels wide, but taeqi2_1_decoder\.saf.* makes 16"):
+        load(of_format(latent_formats.HunyuanImage21()), "taeqi2_1_decoder.safetensors")
+
+
+@pytest.mark.skipif(hasattr(comfy.taesd.taesd, "DecoderF16"), reason="this host has them")
+def test_on_a_host_that_has_none_they_are_refused_by_name(folder):
+    put(folder, "taeqi2_1", wide())
+    with pytest.raises(
+        RuntimeError, match=r"taeqi2_1_decoder\.safetensors .*those of Qwen-Image 2\.1 need ComfyUI 0\.37"
+    ):
+        load(of_format(Qwen()))
+
+
 def test_safetensors_are_preferred_and_folders_looked_into(folder):
     put(folder, ending="pth")
     assert stages.of(load())[0].settings.file == "taesd_decoder.pth"

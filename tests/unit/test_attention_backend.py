@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from slipstream_pack.nodes.methods import attention_backend
-from slipstream_pack.nodes.methods.attention_backend import BACKENDS, KERNELS, AttentionBackend, NoKernelError, attend
-from slipstream_pack.nodes.methods.method import Attention, Made, Model, Run, Steps
+from slipstream_pack.nodes.methods.attention_backend import (
+    BACKENDS,
+    EIGHT_BITS,
+    KERNELS,
+    MODULES,
+    AttentionBackend,
+    NoKernelError,
+    attend,
+    lacking,
+)
+from slipstream_pack.nodes.methods.method import Attention, Evaluation, Made, Model, Run, Steps
 from torch.nn.attention import _cur_sdpa_kernel_backends as enabled
 
 CPU_KERNELS = ("flash", "math")
@@ -136,7 +148,8 @@ def test_threads_leave_the_choice_of_kernels_as_it_was():
 
 
 class Call:
-    is_attention_overridden = False
+    attention_before = None
+    own_attentions = 0
     is_one_of_several = False
     has_self_attention_patches = False
 
@@ -169,8 +182,11 @@ def run_with(run, *attentions, call=None):
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="backend must be one of auto, flash, efficient, cudnn, math, host"):
-        AttentionBackend("sage")
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, flash, efficient, cudnn, math, host, sage, comfy"
+    ):
+        AttentionBackend("sage2")
+    assert [AttentionBackend(name).is_exact for name in ("auto", "math", *EIGHT_BITS)] == [True, True, False, False]
     assert AttentionBackend("host").off() == "backend is host, and fuse_qkv is off"
     assert not any(AttentionBackend(name).off() for name in BACKENDS if name != "host")
     assert AttentionBackend("host", True).off() is None
@@ -242,9 +258,9 @@ def test_nothing_to_do_is_told_with_the_reason():
     run_with(run)
     assert run.verdict() == ("inert", "this model asks for no attention that can be overridden")
     run, call = begin(), Call()
-    call.is_attention_overridden = True
+    call.attention_before = "sage"
     run_with(run, call=call)
-    assert run.verdict() == ("inert", "another node overrides attention and leaves nothing to this one")
+    assert run.verdict() == ("inert", "another node chose attention before (sage) and leaves nothing to this one")
 
 
 def test_fusing_is_told_with_what_it_takes_and_what_was_left():
@@ -261,4 +277,192 @@ def test_fusing_is_told_with_what_it_takes_and_what_was_left():
         "one projection for q, k and v in 15 of 16 self-attentions, 3.0 MiB more memory until the run ends; "
         "1 keep three: another node replaced their code; where another node changes what self-attention is given, it "
         "had three",
+    )
+
+
+# Eight bits
+
+
+def as_the_packages(serve):
+    """Stand-ins for the two packages, each with its own function's arguments. `serve` gets q, k, v, mask and scale."""
+    sage, kitchen = (ModuleType(name) for name in MODULES.values())
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs):
+        assert (tensor_layout, is_causal, smooth_k, kwargs) == ("HND", False, False, {})
+        return serve(q, k, v, None, sm_scale)
+
+    sage.sageattn = sageattn
+    kitchen.int8_attention = lambda q, k, v, *, scale=None, attn_mask=None: serve(q, k, v, attn_mask, scale)
+    kitchen.int8_attention_is_available = lambda: True
+    return {MODULES["sage"]: sage, MODULES["comfy_kitchen_int8"]: kitchen}
+
+
+def exact(q, k, v, mask, scale):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    def install(serve=exact):
+        for name, module in as_the_packages(serve).items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+    return install
+
+
+@pytest.mark.parametrize("backend", EIGHT_BITS)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"is_split": True, "keeps_split": True}, {"context": 7}, {"scale": 0.5}, {"heads": 4, "kv_heads": 2}],
+    ids=str,
+)
+def test_the_packages_get_what_they_expect(backend, values, packages):
+    packages()
+    call = attention(**values)
+    keys = call.k.clone()
+    assert (attend(call, backend).double() - in_float64(call)).abs().max() < BOUND[torch.float32]
+    assert torch.equal(call.k, keys), "the caller's own stay as they are"
+
+
+def test_a_mask_goes_where_it_is_taken(packages):
+    packages()
+    call = attention(mask=MASKS["4-D"])
+    assert (attend(call, "comfy_kitchen_int8").double() - in_float64(call)).abs().max() < BOUND[torch.float32]
+    with pytest.raises(NoKernelError, match="takes no mask"):
+        attend(call, "sage")
+
+
+@pytest.mark.parametrize("backend", EIGHT_BITS)
+@pytest.mark.parametrize("error", [AssertionError("headdim should be in [64, 96, 128]."), TypeError("no such dtype")])
+def test_what_a_package_does_not_serve_is_left_to_the_host_with_its_words(backend, error, packages):
+    asked = []
+
+    def serve(*args):
+        asked.append(args)
+        raise error
+
+    packages(serve)
+    run, call = begin(backend), attention()
+    assert all(torch.equal(out, call.host()) for out in run_with(run, call, call))
+    assert len(asked) == 1
+    assert run.verdict() == (
+        "inert",
+        f"the {backend} kernel in 0 of 2 attention calls; the host's own (sub_quad) in 2, since {backend} does not "
+        f"serve float32 heads 8 wide on this cpu device ({error})",
+    )
+
+
+@pytest.mark.parametrize("backend", EIGHT_BITS)
+def test_memory_that_ran_out_is_not_taken_for_what_is_not_served(backend, packages):
+    def serve(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    packages(serve)
+    with pytest.raises(torch.OutOfMemoryError):
+        attend(attention(), backend)
+
+
+def judged(run, step, *values):
+    """Whether a run accepts a latent that holds these in an evaluation of a step."""
+    return run.accepts(Evaluation(step, 1.0), torch.tensor([1.0, *values]))
+
+
+@pytest.mark.parametrize("backend", EIGHT_BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_evaluation_that_overflows_is_made_again_without_it(backend, bad, packages):
+    packages()
+    run, call = begin(backend), attention(host_name="pytorch")
+    run_with(run, call, call)
+    assert judged(run, 0)
+    run_with(run, call, call)
+    assert not judged(run, 1, bad)
+    assert all(torch.equal(out, call.host()) for out in run_with(run, call, call))
+    assert judged(run, 1)
+    run_with(run, call, call)
+    assert judged(run, 2, bad), "it is refused once: what comes now is not the kernel's doing"
+    assert run.verdict() == (
+        "active",
+        f"the {backend} kernel in 2 of 6 attention calls; the host's own (pytorch) in 4, since what {backend} gave in "
+        f"step 2 was not finite; 2 calls with {backend} were thrown away and computed again",
+    )
+
+
+def test_where_the_host_overflows_too_the_kernel_is_not_blamed(packages):
+    packages()
+    run = begin("sage")
+    run_with(run, attention())
+    assert not judged(run, 0, float("nan"))
+    run_with(run, attention())
+    assert judged(run, 0, float("nan"))
+    assert run.verdict()[0] == "inert"
+    assert run.verdict()[1].endswith("the host's own gave nothing finite either, so that it is not the kernel's doing")
+
+
+@pytest.mark.parametrize("backend", ["auto", "math", "sage"])
+def test_only_what_a_kernel_in_eight_bits_computed_is_looked_at(backend):
+    class Unread:
+        def isfinite(self):
+            raise AssertionError("it would wait for the device")
+
+    assert begin(backend).accepts(Evaluation(0, 1.0), Unread())
+
+
+def test_where_a_model_asks_for_precision_it_gets_the_host_s(packages):
+    packages()
+    run = begin("sage")
+    call = replace(attention(), needs_precision=True)
+    assert torch.equal(run_with(run, call)[0], call.host())
+    assert "in 1, since the model asks for more precision there" in run.verdict()[1]
+
+
+@pytest.mark.parametrize("backend", EIGHT_BITS)
+def test_where_it_can_t_be_it_is_refused_by_name(backend, monkeypatch, packages):
+    model = Model("SDXL", "SDXL", 320, 9, 19)
+    config, line = AttentionBackend(backend), f'"{sys.executable}" -m pip install'
+    with pytest.raises(RuntimeError, match=f"Attention Backend: {backend} needs .* runs on cpu. Choose auto") as error:
+        config.check(model)
+    assert line in str(error.value)
+    gpu = replace(model, device="cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=f"{backend} needs the package {MODULES[backend]}, which is not") as error:
+        config.check(gpu)
+    assert line in str(error.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    packages()
+    config.check(gpu)
+    monkeypatch.setitem(sys.modules, MODULES[backend], None)
+    with pytest.raises(RuntimeError, match=f"the installed {MODULES[backend]} can't be used with torch") as error:
+        config.check(gpu)
+    assert line in str(error.value)
+
+
+def test_a_gpu_without_int8_attention_is_refused(packages, monkeypatch):
+    packages()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(sys.modules["comfy_kitchen"], "int8_attention_is_available", lambda: False)
+    assert "compute capability 7.5 or newer" in lacking("comfy_kitchen_int8", "cuda")
+
+
+# What a checkpoint or another node chose
+
+
+def test_what_a_checkpoint_names_goes_before_auto_and_gives_way_to_a_kernel_by_name():
+    for backend, told in (
+        ("auto", "left to ComfyUI: the checkpoint names an attention for 3 of its layers"),
+        ("math", "the math kernel in 1 of 1 attention calls; in place of the attention that the checkpoint names for "
+         "3 of its layers"),
+    ):  # fmt: skip
+        run, call = begin(backend), Call()
+        call.own_attentions = 3
+        run.apply_model(call, lambda call=call: call.attend and call.attend(attention()))
+        assert (call.attend is None) == (backend == "auto")
+        assert run.verdict() == ("inert" if backend == "auto" else "active", told)
+
+
+def test_another_node_s_attention_around_it_is_named():
+    run, call = begin("math"), Call()
+    call.attention_before = "halved"
+    run_with(run, attention(), call=call)
+    assert (
+        run.verdict()[1] == "the math kernel in 1 of 1 attention calls; inside what another node chose before (halved)"
     )

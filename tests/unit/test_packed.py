@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
+import struct
 from pathlib import PurePosixPath
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 from loading import ROOT, packed_files
@@ -36,6 +39,60 @@ def test_what_is_packed_imports_nothing_of_the_repository_that_is_not():
             elif isinstance(node, ast.ImportFrom):
                 base = PurePosixPath(name).parents[node.level - 1].joinpath(*(node.module or "").split("."))
                 assert PACKED & {f"{base}.py", f"{base}/__init__.py"}, f"{name} imports {base}"
+
+
+CONNECTING = {
+    "asyncore",
+    "ftplib",
+    "http",
+    "httpx",
+    "multiprocessing",
+    "requests",
+    "smtplib",
+    "socket",
+    "ssl",
+    "subprocess",
+}
+CONNECTING |= {"telnetlib", "urllib", "urllib3", "websocket", "websockets", "xmlrpc", "huggingface_hub"}
+RUNNING = {"exec", "eval", "system", "popen", "spawnl", "spawnv", "fork", "execv", "execl", "urlopen"}
+
+
+def test_nodes_open_no_connection_start_no_process_and_run_no_text():
+    """As the README says. aiohttp is there for the route alone."""
+    found = set()
+    for name in (name for name in PACKED if name.endswith(".py")):
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {(name, alias.name.split(".")[0]) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((name, node.module.split(".")[0]))
+            elif isinstance(node, ast.Call):
+                called = node.func
+                is_own = isinstance(called, ast.Attribute) and ast.unparse(called.value) not in ("os", "builtins")
+                word = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                if word in RUNNING and not is_own:
+                    found.add((name, word))
+    assert not {(name, word) for name, word in found if word in CONNECTING | RUNNING}
+    assert {name for name, word in found if word == "aiohttp"} == {"nodes/engine/telling/verdicts.py"}
+    assert {name for name, word in found if word == "ctypes"} == {"nodes/engine/host/machine.py"}
+
+
+def test_what_is_vendored_is_what_is_said_beside_it():
+    folder = ROOT / "web" / "vendor"
+    told = (folder / "README.md").read_text(encoding="utf-8")
+    vendored = (folder / "echarts" / "echarts.esm.min.mjs").read_bytes()
+    assert re.search(r"`(\w{64})`", told)[1] == hashlib.sha256(vendored).hexdigest()
+    assert f'"{re.search(r"npm `echarts@([0-9.]+)`", told)[1]}"'.encode() in vendored
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("icon", 400, 400), ("banner", 1680, 720)])
+def test_the_registry_s_pictures_have_its_sizes(name, width, height):
+    """A square of at most 400 pixels, and 21:9."""
+    data = (ROOT / "pictures" / f"{name}.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (width, height)
+    drawn = ElementTree.parse(ROOT / "pictures" / f"{name}.svg").getroot()
+    assert drawn.get("viewBox") == f"0 0 {width} {height}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])

@@ -53,6 +53,10 @@ def test_nothing_stays():
             "all 4897 MiB of weights are on cuda:0, within the budget of",
         ),
         ({"is_kept_there": True, "device": "cpu"}, "this model's weights are kept on cpu, where they are used"),
+        (
+            {"spread": "#cuda:0;4.0;cpu", "resident_layers": 10},
+            "DisTorch, from another node, has the say over where this model's weights are (#cuda:0;4.0;cpu)",
+        ),
         ({"is_dynamic": True}, "passed through: DynamicVRAM already brings this model's weights to cuda:0"),
     ],
 )

@@ -216,6 +216,14 @@ def without_dynamic_vram(patcher: Any, title: str) -> Any:
 REPLACED = "another node replaced its code"
 HOOKED = "another node has a hook inside"
 """Reasons of `unsuited` for which other packs' code runs in a module."""
+OWN_ATTENTION = "the checkpoint names an attention of their own"
+
+
+def has_own_attention(module: torch.nn.Module) -> bool:
+    """Whether the checkpoint names an attention for this layer, which the host (0.39 and newer) uses unless something
+    takes attention's place. What does is not told of which layer a call is."""
+    own = getattr(module, "comfy_attention", None)
+    return getattr(own, "function", None) is not None
 
 
 OURS = f"{__name__.partition('.engine.')[0]}."
@@ -246,6 +254,8 @@ def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
             return "weights are patched as they are used, since the model is loaded in part only"
         if inner is not module and (inner._forward_hooks or inner._forward_pre_hooks):
             return HOOKED
+        if has_own_attention(inner):
+            return OWN_ATTENTION
     if any(weight.device != device for weight in module.parameters()):
         return "weights are offloaded, since the model is loaded in part only"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -101,7 +102,10 @@ class Override:
             dtype = q.dtype
             if attn_precision is not None:
                 q, k, v = (one.to(attn_precision) for one in (q, k, v))
-            call = Attention(q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host)
+            needs_precision = more.get("low_precision_attention") is False
+            call = Attention(
+                q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host, needs_precision
+            )
             return self.attend(call).to(dtype)
 
         return ours(*args, **kwargs) if self.before is None else self.before(ours, *args, **kwargs)
@@ -109,8 +113,21 @@ class Override:
 
 def is_overridden(options: dict[str, Any]) -> bool:
     """Whether another node has put its own attention into these options."""
-    override = options.get(OVERRIDE)
-    return override is not None and not (isinstance(override, Override) and override.before is None)
+    return overriding(options) is not None
+
+
+def overriding(options: dict[str, Any]) -> str | None:
+    """The attention that another node has put into these options, by its name; None if none did."""
+    override: Any = options.get(OVERRIDE)
+    if isinstance(override, Override):
+        override = override.before
+    if override is None:
+        return None
+    # The host's own choice of one for a model (0.31) hides it in a function that it makes.
+    hidden = inspect.getclosurevars(override).nonlocals if inspect.isfunction(override) else {}
+    chosen = hidden.get("optimized_attention", override)
+    name: str = getattr(chosen, "__name__", type(chosen).__name__)
+    return name.removeprefix("attention_")
 
 
 def _replacement(replacements: dict[str, Any], which: str, options: dict[str, Any]) -> Any:

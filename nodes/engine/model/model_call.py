@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...methods.method import Attention, Made, Quantized, Quantizer
-from ..host import artifacts
+from ..host import artifacts, machine
 from ..plan import models
 from . import attention, patches
 from .quantized import QuantizedLayers, QuantizedWeights
@@ -84,8 +84,14 @@ class HostModelCall:
         return self._host.is_one_of_several
 
     @property
-    def is_attention_overridden(self) -> bool:
-        return attention.is_overridden(self.options)
+    def attention_before(self) -> str | None:
+        return attention.overriding(self.options)
+
+    @property
+    def own_attentions(self) -> int:
+        host = self._host
+        count: int = host.once(machine.has_own_attention, lambda: sum(map(machine.has_own_attention, host.paths)))
+        return count
 
     @property
     def has_self_attention_patches(self) -> bool:

@@ -324,11 +324,9 @@ class FusedSelfAttention(host.CrossAttention):
 
     def __init__(self, separate: Any):
         nn.Module.__init__(self)
-        self.heads = separate.heads
-        self.dim_head = separate.dim_head
-        self.attn_precision = separate.attn_precision
-        self.to_q, self.to_k, self.to_v = separate.to_q, separate.to_k, separate.to_v
-        self.to_out = separate.to_out
+        # All that its forward may read, whatever a host's version keeps there.
+        self.__dict__.update({name: value for name, value in vars(separate).items() if name not in self.__dict__})
+        self._modules.update(separate._modules)
         self.qkv = nn.Parameter(torch.cat(self._separate_weights()), requires_grad=False)
 
     def _separate_weights(self) -> list[torch.Tensor]:
@@ -397,6 +395,8 @@ def _not_fused(module: Any, device: torch.device) -> str | None:
         return "another node replaced their code"
     if module._forward_hooks or module._forward_pre_hooks:
         return "another node has a hook on them"
+    if machine.has_own_attention(module):
+        return machine.OWN_ATTENTION
     weights: list[torch.Tensor] = []
     for layer in (module.to_q, module.to_k, module.to_v):
         if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__ or layer.bias is not None:

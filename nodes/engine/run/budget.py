@@ -32,12 +32,23 @@ _budgeted: dict[type, type] = {}
 
 
 def _budget_of(patcher: Any) -> float | None:
-    """Bytes that the plan grants a model's weights; None if it sets no budget."""
+    """Bytes that the plan grants a model's weights; None if it sets no budget, or another node spreads them."""
+    if _spread(patcher):
+        return None
     for entry in plan_of(patcher).entries:
         mib = getattr(entry.config, "budget_mib", None)
         if mib is not None:
             return float(max(mib * MIB, NEXT_TO_NOTHING))
     return None
+
+
+def _spread(patcher: Any) -> str:
+    """What ComfyUI-MultiGPU's DisTorch was told for a model; empty without. It loads such models by a code of its own,
+    which asks no patcher for its budget."""
+    told = getattr(patcher.model, "_distorch_v2_meta", None)
+    if not told:
+        return ""
+    return str(told.get("full_allocation") or "as it likes") if isinstance(told, dict) else "as it likes"
 
 
 class Budgeted(ModelPatcher):
@@ -119,6 +130,7 @@ class Watch:
             device=str(patcher.load_device),
             is_kept_there=patcher.load_device == patcher.offload_device,
             is_dynamic=machine.is_dynamic(patcher),
+            spread=_spread(patcher),
             streams=comfy.model_management.NUM_STREAMS,
             peak_mib=self._peak_mib,
         )

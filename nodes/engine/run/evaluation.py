@@ -50,6 +50,15 @@ class Now:
         self.record.evaluation(step)
         return self.evaluation
 
+    def begin_again(self) -> Evaluation:
+        """The same evaluation is made once more. What went through the network stays counted."""
+        before = self.evaluation
+        assert before is not None
+        self.evaluation = Evaluation(before.step, before.sigma, is_again=True)
+        self.occurrences.clear()
+        self.occurrences_of_conditions.clear()
+        return self.evaluation
+
     def count_call(self, conditions: int) -> None:
         """A batch of conditions goes through the network."""
         with self.lock:

@@ -114,6 +114,7 @@ class SamplingRun:
         keeper: artifacts.Keeper = guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
         self.around_evaluation: MethodRun | None = None
         self.conditions = Conditions(self.now, guider)
+        self.judges: list[MethodRun] = []
         self.model_calls = ModelCalls(self.now, self._patchers, keeper)
         self.unet_calls = UNetCalls(self.now, self._patchers, keeper)
 
@@ -154,6 +155,7 @@ class SamplingRun:
                 self.unet_calls.compile(entry.config, method, self.guider.model_patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.conditions.around = next(iter(self._taking_part("conditions")), None)
+        self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
         self.unet_calls.at_output_block = self._taking_part("output_block")
@@ -195,6 +197,7 @@ class SamplingRun:
         self.conditions.end()
         self.model_calls.end()
         self.methods.clear()
+        self.judges.clear()
         self.around_evaluation = self.memory = self.now.evaluation = None
 
     # What is installed for the run, and taken back after it.
@@ -239,10 +242,13 @@ class SamplingRun:
         seed: int | None = None,
     ) -> torch.Tensor:
         evaluation = self.now.begin_evaluation(x.shape, timestep)
-        if self.around_evaluation is None:
-            return executor(x, timestep, model_options, seed)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, evaluation.sigma)
-        return self.around_evaluation.predict_noise(evaluation, guidance)
+        while True:
+            around = self.around_evaluation
+            denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
+            if all(method.accepts(evaluation, denoised) for method in self.judges):
+                return denoised
+            evaluation = self.now.begin_again()
 
     def apply_model(
         self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,

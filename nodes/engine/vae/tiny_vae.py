@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ TITLE = "Tiny VAE"
 FOLDER = "vae_approx"
 AUTO = "auto"
 
-IMAGE = ("SD15", "SDXL", "SD3", "Flux", "Flux2")
+IMAGE = ("SD15", "SDXL", "SD3", "Flux", "Flux2", "QwenImage21")
 """The host's latent formats for images that have a tiny VAE. Another model may have latents of one of them."""
 ENCODER, DECODER = "taesd_encoder.", "taesd_decoder."
 
@@ -200,27 +201,38 @@ def _load_image(form: Any, file: str, weights: Weights) -> Tiny:
             f"{TITLE}: {file} is made for other latents than this model's ({type(form).__name__}), which need "
             f"{form.taesd_decoder_name}. Choose auto."
         )
-    weights = _complete(file, channels, weights, bool(no_encoder))
+    with torch.device("meta"):
+        module = taesd.TAESD(latent_channels=channels)
+    weights = _complete(file, module, weights, bool(no_encoder))
+    colors, ratio = _geometry(module, channels)
+    if colors > 3 and ratio != form.spacial_downscale_ratio:
+        raise ValueError(
+            f"{TITLE}: a latent pixel of this model ({type(form).__name__}) is {form.spacial_downscale_ratio} pixels "
+            f"wide, but {file} makes {ratio} of it. Choose auto, or a file made for this model."
+        )
     # Playground's latents are SDXL's, scaled in its own way: what counts is what the decoder was trained on.
     trained = known.get(stem) or known.get(form.taesd_decoder_name, form)
-    weights["vae_scale"] = torch.tensor(float(trained.scale_factor))
-    weights["vae_shift"] = torch.tensor(float(getattr(trained, "shift_factor", 0.0)))
+    weights["vae_scale"], weights["vae_shift"] = _scales(trained, module.vae_scale.shape)
     dtype = model_management.vae_dtype(model_management.vae_device(), [torch.float16, torch.bfloat16, torch.float32])
     vae = comfy.sd.VAE(sd=weights, dtype=dtype, metadata={"tae_latent_channels": channels})
-    if is_packed:
-        vae.downscale_ratio = vae.upscale_ratio = 16
-    ratio = vae.upscale_ratio
+    vae.downscale_ratio = vae.upscale_ratio = ratio
+    if colors > 3:
+        # A picture without transparency is opaque.
+        vae.output_channels, vae.pad_channel_value = colors, 1.0
     full = vae.memory_used_decode((1, channels, 1024 // ratio, 1024 // ratio), dtype)
-    vae.memory_used_decode = lambda shape, dtype: _memory(shape, dtype) * ratio * ratio
-    vae.memory_used_encode = _memory
+    # Those that put the last pixels together from channels work on a smaller picture.
+    shuffled = [one.upscale_factor for one in module.taesd_decoder if isinstance(one, torch.nn.PixelShuffle)]
+    values = VALUES // math.prod(shuffled) ** 2
+    vae.memory_used_decode = lambda shape, dtype: _memory(shape, dtype, values) * ratio * ratio
+    vae.memory_used_encode = lambda shape, dtype: _memory(shape, dtype, values)
     own = vae.memory_used_decode((1, channels, 1024 // ratio, 1024 // ratio), dtype)
     gain = f"1024x1024 decoded in about {own / MIB:.0f} MiB, where ComfyUI would reserve {full / MIB:.0f}"
     return _tiny(vae, file, channels, no_encoder, gain)
 
 
-def _memory(shape: Any, dtype: torch.dtype) -> int:
-    """Bytes that one of (B, 3, H, W) images takes. The host decides how many go at once."""
-    size: int = VALUES * shape[2] * shape[3] * model_management.dtype_size(dtype)
+def _memory(shape: Any, dtype: torch.dtype, values: int) -> int:
+    """Bytes that one of (B, C, H, W) images takes, at so many values a pixel. The host decides how many go at once."""
+    size: int = values * shape[2] * shape[3] * model_management.dtype_size(dtype)
     return size
 
 
@@ -231,21 +243,36 @@ def _formats() -> dict[str, Any]:
     return {form.taesd_decoder_name: form for form in forms if form.taesd_decoder_name}
 
 
-def _complete(file: str, channels: int, weights: Weights, without_encoder: bool) -> Weights:
-    """The weights that TAESD has; zeros for an encoder that there is none of.
+def _geometry(module: Any, channels: int) -> tuple[int, int]:
+    """How many color channels a decoder on the meta device gives, and how many pixels to a latent one, each way."""
+    image = module.taesd_decoder(torch.empty(1, channels, 4, 4, device="meta"))
+    return image.shape[1], image.shape[-1] // 4
+
+
+def _scales(form: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The factor of latents and what is subtracted before, of TAESD's shape for them: () or (C, 1, 1)."""
+    if shape and hasattr(form, "latents_std"):
+        return (1 / form.latents_std).reshape(shape), form.latents_mean.reshape(shape)
+    values = float(form.scale_factor), float(getattr(form, "shift_factor", 0.0))
+    scale, shift = (torch.full(shape, value) for value in values)
+    return scale, shift
+
+
+def _complete(file: str, module: Any, weights: Weights, without_encoder: bool) -> Weights:
+    """The weights that TAESD (on the meta device) has; zeros for an encoder that there is none of.
 
     Raises:
         RuntimeError: some are missing, or of another shape.
     """
-    with torch.device("meta"):
-        wanted = taesd.TAESD(latent_channels=channels).state_dict()
-    wanted = {name: value for name, value in wanted.items() if name.startswith((ENCODER, DECODER))}
+    wanted = {name: value for name, value in module.state_dict().items() if name.startswith((ENCODER, DECODER))}
     if without_encoder:
         weights |= {name: torch.zeros(value.shape) for name, value in wanted.items() if name.startswith(ENCODER)}
     other = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
     other += [name for name in weights if name.startswith((ENCODER, DECODER)) and name not in wanted]
     if other:
-        raise _wrong(file, f"some of its layers are missing or others ({', '.join(other[:3])})")
+        why = f"some of its layers are missing or others ({', '.join(other[:3])})"
+        is_newer = weights[f"{DECODER}1.weight"].shape[:2] == (256, 64) and not hasattr(taesd, "DecoderF16")
+        raise _wrong(file, f"{why}; those of Qwen-Image 2.1 need ComfyUI 0.37 or newer" if is_newer else why)
     return weights
 
 
