@@ -635,7 +635,7 @@ def flux(bench: Any) -> Any:
 
 
 def transformer(bench: Any) -> None:
-    """Flux's layout, 12 steps: eager, with fewer evaluations, with quantized weights, and with attention in eight bits."""
+    """Flux's layout, 12 steps: eager, with fewer evaluations, quantized weights, and attention in eight bits."""
     import hosted
     import torch
 

@@ -179,6 +179,7 @@ BESIDE = {
     "alone": lambda model: model,
     "deepcache": lambda model: run_node("SlipstreamDeepCache", model, "2", cache_interval=3),
     "cfg cutoff": lambda model: run_node("SlipstreamCFGCutoff", model, "2", cutoff=0.5),
+    "forecast": lambda model: run_node("SlipstreamForecast", model, "2", error_budget=0.5),
     "core's FreeU": hosted.add_core_freeu,
     "compiled": lambda model: compile_model(model, "2"),
 }
