@@ -185,8 +185,10 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("beside", list(BESIDE))
-@pytest.mark.parametrize("bad", [1, 3, 4])
+# The fourth is one that Forecast skips.
+@pytest.mark.parametrize(
+    ("beside", "bad"), [(beside, bad) for beside in BESIDE for bad in (1, 3, 4) if (beside, bad) != ("forecast", 4)]
+)
 def test_an_evaluation_that_is_not_finite_is_made_again_with_the_host_s_own(beside, bad, stand_in, lines):
     model = BESIDE[beside](hosted.model("minimal"))
     expected = sample(model)
