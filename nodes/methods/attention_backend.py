@@ -103,6 +103,9 @@ def attend(call: Attention, kernel: SDPBackend | None) -> Tensor:
     if mask is not None:
         while mask.ndim < 4:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
+        if mask.is_floating_point() and mask.dtype != torch.float32:
+            # What torch adds is q's or float32; the host adds any.
+            mask = mask.to(q.dtype)
     try:
         with nullcontext() if kernel is None else _choosing, nullcontext() if kernel is None else sdpa_kernel(kernel):
             output = torch.nn.functional.scaled_dot_product_attention(
