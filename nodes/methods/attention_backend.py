@@ -163,6 +163,9 @@ def attend(call: Attention, kernel: SDPBackend | str | None) -> Tensor:
     if mask is not None:
         while mask.ndim < 4:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
+        if mask.is_floating_point() and mask.dtype != torch.float32:
+            # What torch adds is q's or float32; the host adds any.
+            mask = mask.to(q.dtype)
     if isinstance(kernel, str):
         output = _in_eight_bits(kernel, q, k, v, mask, call.scale)
     else:

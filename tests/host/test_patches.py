@@ -25,9 +25,9 @@ WAYS = {
 BY_SUGGESTION = ("CPU", "Recipe")
 
 
-def ways(cases, always=(), among=tuple(WAYS)):
+def ways(cases, always=(), among=tuple(WAYS), few=BY_SUGGESTION):
     """Cases in each way. What nodes suggest is what Precision does: a few of those, and all with --long."""
-    marks = lambda case, way: [pytest.mark.long] if way in BY_SUGGESTION and case not in always else []  # noqa: E731
+    marks = lambda case, way: [pytest.mark.long] if way in few and case not in always else []  # noqa: E731
     return [pytest.param(case, way, marks=marks(case, way)) for case in cases for way in among]
 
 
@@ -208,8 +208,20 @@ def test_narrower_than_what_is_computed_in(model):
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("scope", ["blocks", "model"])
-@pytest.mark.parametrize("point", ["attn1_patch", "middle_patch", "attn2_output_patch", "output_block_patch"])
+@pytest.mark.parametrize(
+    ("point", "scope"),
+    [
+        ("attn1_patch", "blocks"),
+        ("output_block_patch", "model"),
+        *(
+            pytest.param(point, scope, marks=pytest.mark.long)
+            for point, scope in [
+                *(("attn1_patch", "model"), ("middle_patch", "blocks")),
+                *(("attn2_output_patch", "blocks"), ("output_block_patch", "blocks")),
+            ]
+        ),
+    ],
+)
 def test_compiled_blocks_have_the_bits_of_running_without_graphs(point, scope, model):
     patched = model.clone()
     patched.set_model_patch(POINTS[point](Mixing()), point)
@@ -311,7 +323,9 @@ BROUGHT = {
 }
 
 
-@pytest.mark.parametrize(("brought", "way"), ways(BROUGHT, ["GLIGEN", "hypernetwork"]))
+@pytest.mark.parametrize(
+    ("brought", "way"), ways(BROUGHT, ["GLIGEN", "hypernetwork"], few=(*BY_SUGGESTION, "transformers"))
+)
 def test_what_the_host_s_nodes_bring(brought, way, model, tmp_path):
     arguments = (tmp_path,) if brought == "hypernetwork" else ()
     patched, positive = BROUGHT[brought](model, *arguments)

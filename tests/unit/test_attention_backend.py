@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
 from dataclasses import replace
@@ -76,6 +77,25 @@ MASKS = {
 
 # max abs error of outputs near 1, against float64 on the same rounded inputs
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, None])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
+def test_a_mask_may_be_of_another_dtype(dtype, mask_dtype, kernel):
+    call = attention(mask=tensor(12, 12).to(mask_dtype), dtype=dtype)
+    out = attend(call, None if kernel is None else KERNELS[kernel])
+    assert (out.double() - in_float64(call)).abs().max() < max(BOUND[dtype], BOUND[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, None])
+def test_heads_are_cut_by_the_batch_of_q(kernel):
+    """As the host does: q in tiles, and each attends to its part of k and v."""
+    whole = attention(batch=4, tokens=6)
+    k, v = (t.reshape(2, 12, -1) for t in (whole.k, whole.v))
+    call = dataclasses.replace(whole, k=k, v=v)
+    out = attend(call, None if kernel is None else KERNELS[kernel])
+    assert torch.equal(out, attend(whole, None if kernel is None else KERNELS[kernel]))
 
 
 @pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])

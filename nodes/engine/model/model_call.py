@@ -105,7 +105,7 @@ class HostModelCall:
     ) -> Iterator[Made]:
         host = self._host
         casts = host.once(
-            (Casts, host.dtype, dtype, layout, only_transformers),
+            (Casts, dtype, layout, only_transformers),
             lambda: Casts(host.module, host.device, host.hooked, host.dtype, dtype, layout, only_transformers),
         )
         before, options = host.model.manual_cast_dtype, self.options
