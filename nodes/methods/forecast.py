@@ -143,11 +143,12 @@ class Way:
         return _sum((weight, tensor) for weight, tensor in terms if weight)
 
 
+HELD_DERIVATIVE, HELD_PREDICTION = Way("d held", 0, True), Way("x0 held", 0, False)
 WAYS = (
-    Way("d held", 0, True),
+    HELD_DERIVATIVE,
     Way("d linear", 1, True),
     Way("d parabola", 2, True),
-    Way("x0 held", 0, False),
+    HELD_PREDICTION,
     Way("x0 half linear", 1, False, 0.5),
     Way("x0 linear", 1, False),
 )
@@ -232,12 +233,9 @@ class Scores:
 
     @property
     def are_derivatives_as_good(self) -> bool:
-        """Whether a derivative foretold about as well as predictions did, at last."""
-        last = {True: math.inf, False: math.inf}
-        for (way, is_same), measured in self._measured.items():
-            if not is_same:
-                last[way.is_of_derivative] = min(last[way.is_of_derivative], measured[0][1])
-        return last[True] <= 2 * last[False]
+        """Whether the derivative was held about as well as the prediction, at last: it is not where noise is added."""
+        last = {way: measured[0][1] for (way, is_same), measured in self._measured.items() if not is_same}
+        return last.get(HELD_DERIVATIVE, math.inf) <= 2 * last.get(HELD_PREDICTION, 0.0)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -537,7 +535,7 @@ class ForecastRun(MethodRun):
         return "active", "; ".join([text, *self._notes()])
 
     def _notes(self) -> list[str]:
-        notes = [f"{self.bytes / 2**20:.1f} MiB of memory"]
+        notes = [f"{self.bytes / 2**20:.1f} MiB of memory" if self.bytes > 2**17 else "little memory"]
         if self.cached:
             notes.append(f"nothing was learned from {self.cached} that DeepCache shortened")
         if not self.is_combination_known:
