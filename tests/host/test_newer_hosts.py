@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import host_names
 import hosted
 import pytest
 import torch
 from comfy.ldm.modules import attention as host
 from hosted import compile_model, relative_error, run_node, sample
+from loading import find_comfyui
 from torch import nn
 
 
@@ -140,6 +142,21 @@ def test_compiled_it_has_as_many_graphs_none_broken_and_none_made_again(wired, s
         monkeypatch.undo()
     assert all(torch.equal(image, images[0]) for image in images)
     assert graphs[0] == graphs[1]
+
+
+# What the nodes use of the host
+
+
+def test_every_name_that_is_taken_from_the_host_is_there():
+    used = host_names.imported(find_comfyui())
+    assert len(used) > 20
+    assert {"BasicTransformerBlock", "CrossAttention"} <= used["comfy.ldm.modules.attention"]
+    gone = {
+        f"{module}.{name}"
+        for module, names in used.items()
+        for name in names - host_names.defined(host_names.file_of(module, find_comfyui()))
+    }
+    assert not gone
 
 
 # An attention that the checkpoint names for some layers
