@@ -368,7 +368,8 @@ class ForecastRun(MethodRun):
             return OTHER_HALF
         if self.row >= self.config.max_skips:
             return "after as many skips as are allowed"
-        errors = [self._left_by(self._best(group, evaluation.sigma), evaluation) for group in self.groups]
+        share = self._share(evaluation, is_same_step)
+        errors = [self._left_by(self._best(group, evaluation.sigma), share) for group in self.groups]
         if not errors or any(error is None for error in errors):
             return "to learn"
         error = max(error for error in errors if error is not None)
@@ -390,7 +391,7 @@ class ForecastRun(MethodRun):
         if not self.has_pairs or is_same_step or evaluation.step == len(self.steps) - 1:
             return False
         found = [self.scores[group].best(0.0, 1) if group in self.scores else None for group in self.groups]
-        errors = [self._left_by(best, evaluation) for best in found]
+        errors = [self._left_by(best, self._share(evaluation, True)) for best in found]
         return all(other is not None and other < error for other in errors)
 
     def _best(self, group: Group, sigma: float) -> tuple[float, Way] | None:
@@ -409,9 +410,19 @@ class ForecastRun(MethodRun):
     def _is_recent(self, history: Sequence[Exact]) -> bool:
         return bool(history) and self.number - history[0].number <= self.config.max_skips + 1
 
-    def _left_by(self, best: tuple[float, Way] | None, evaluation: Evaluation) -> float | None:
-        """What a skip leaves in the latent, relative to it: a step gives the prediction that much of its weight."""
-        return None if best is None else best[0] * max(0.0, 1 - self._following(evaluation) / evaluation.sigma)
+    @staticmethod
+    def _left_by(best: tuple[float, Way] | None, share: float) -> float | None:
+        """What a skip leaves in the latent, relative to it."""
+        return None if best is None else best[0] * share
+
+    def _share(self, evaluation: Evaluation, is_same_step: bool) -> float:
+        """By what share a step makes the latent the prediction. Of two evaluations at one noise level, the first ends
+        the step to it and the second begins the one from it: each is one half of its step."""
+        after = max(0.0, 1 - self._following(evaluation) / evaluation.sigma)
+        if not self.has_pairs:
+            return after
+        before = self.steps.sigmas[evaluation.step - 1] if evaluation.step else math.inf
+        return after / 2 if is_same_step else max(0.0, 1 - evaluation.sigma / before) / 2
 
     def _following(self, evaluation: Evaluation) -> float:
         """The noise level that an evaluation's step goes to."""
