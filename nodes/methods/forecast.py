@@ -290,6 +290,8 @@ class ForecastRun(MethodRun):
         if evaluation is not self.evaluation:
             self._begin(evaluation)
         group = tuple(call.keys)
+        if not group:
+            return call.evaluate()
         for key, state in zip(call.keys, call.states, strict=True):
             known = self.known.get(key)
             if known is None or known.state != state or (known.history and known.history[0].x.shape != call.x.shape):
@@ -320,6 +322,7 @@ class ForecastRun(MethodRun):
         self.is_multistage |= is_same_step
         self.has_pairs |= is_same_step and _gap(sigma, self.sigma) < SAME_LEVEL
         if goes_up:
+            self.foretold.clear()
             for known in self.known.values():
                 known.history.clear()
         why = self._why_made(evaluation, is_same_step, goes_up)
@@ -469,6 +472,9 @@ class ForecastRun(MethodRun):
         weight, scores = self._weight(evaluation), self.scores.get(group)
         foretold = self.to_take_back.pop(group, None)
         if not foretold or not weight or self.is_multistage or scores is None or not scores.are_derivatives_as_good:
+            return results
+        if not all(self.known[key].history for key in group):
+            # Another prompt by now.
             return results
         outputs = []
         for place, (key, result) in enumerate(zip(group, results, strict=True)):

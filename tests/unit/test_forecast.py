@@ -500,6 +500,28 @@ def test_what_is_in_force_of_a_condition_may_change():
     assert sum(run.made.values()) == euler.steps - run.skipped
 
 
+@dataclass
+class Watched(Euler):
+    """Keeps what the sampler got beside what the model would have given."""
+
+    got: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def evaluate(self, run, x: torch.Tensor, step: int, sigma: float) -> torch.Tensor:
+        (predict,) = self.predicts.values()
+        self.got.append((super().evaluate(run, x, step, sigma), predict(x, sigma)))
+        return self.got[-1][0]
+
+
+@pytest.mark.parametrize("step", range(5, 14))
+def test_what_was_foretold_of_other_prompts_is_not_taken_back_from_these(step):
+    change = Euler({"a": gaussian()}).sigmas[step]
+    watched = Watched({"a": gaussian()}, state=lambda sigma: sigma > change * 1.01)
+    watched.sample(watched.begin(Forecast(0.2)))
+    assert not watched.is_forecast[step]
+    got, exact = watched.got[step]
+    assert torch.equal(got, exact)
+
+
 def test_a_condition_that_is_left_out_from_some_step_on_forces_nothing():
     """As CFG Cutoff does: the other one's history and scores go on."""
     euler = Euler(GUIDED, CFG, steps=30)
