@@ -57,6 +57,7 @@ def button(page, name):
     return page.page.locator(".slipstream-benchmark").get_by_role("button", name=name)
 
 
+@pytest.mark.long_in_vue
 def test_it_shows_table_charts_and_images_and_keeps_them(page, workflow):
     page.load(workflow.data)
     bare = page.workflow()

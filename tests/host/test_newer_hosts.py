@@ -23,21 +23,29 @@ class ComfyAttention(nn.Module):
         self.function = None
 
 
-def forward(self, x, context=None, value=None, mask=None, transformer_options={}):  # noqa: B006
-    """CrossAttention's in 0.39: containers, and the layer's own attention handed on."""
+FORWARD = """
+def forward(self, x, context=None, value=None, mask=None, transformer_options={}):
     q = self.to_q(x)
     context = x if context is None else context
     k = self.to_k(context)
     v = self.to_v(context if value is None else value)
-    q, k, v = (host.AttentionTensorContainer(one) for one in (q, k, v))
+    q, k, v = (AttentionTensorContainer(one) for one in (q, k, v))
     more = {
         "attn_precision": self.attn_precision,
         "preferred_attention": self.comfy_attention,
         "transformer_options": transformer_options,
     }
     if mask is None:
-        return self.to_out(host.optimized_attention(q, k, v, self.heads, **more))
-    return self.to_out(host.optimized_attention_masked(q, k, v, self.heads, mask, **more))
+        return self.to_out(optimized_attention(q, k, v, self.heads, **more))
+    return self.to_out(optimized_attention_masked(q, k, v, self.heads, mask, **more))
+"""
+"""CrossAttention's in 0.39: containers, and the layer's own attention handed on."""
+
+
+def host_s(source):
+    """A function as the host's module would have it: code of another module is another node's."""
+    exec(source, vars(host))
+    return vars(host).pop("forward")
 
 
 def preferring(function):
@@ -67,7 +75,7 @@ def newer(monkeypatch):
         self.comfy_attention = ComfyAttention()
 
     monkeypatch.setattr(host.CrossAttention, "__init__", with_own)
-    monkeypatch.setattr(host.CrossAttention, "forward", forward)
+    monkeypatch.setattr(host.CrossAttention, "forward", host_s(FORWARD))
     for name in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(host, name, preferring(getattr(host, name)))
     return hosted.model
