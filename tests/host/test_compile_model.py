@@ -471,7 +471,9 @@ def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     sample(compile_model(model))
     compiling = [line.text for line in told if line.state == "running" and line.text.startswith("compiling")]
     assert len(compiling) >= 2
-    assert compiling[0].startswith("compiling, 1 s so far, graphs done: ")
+    assert compiling[0].startswith("compiling, 1 s so far")
+    # Where the machine is busy, the first second may end before the first graph.
+    assert any(", graphs done: " in text for text in compiling)
 
 
 def test_dynamic_vram_is_left_by_loading_anew_or_refused(model, monkeypatch):
