@@ -30,6 +30,7 @@ from .method import (
     UNetCall,
     check_choice,
     check_number,
+    check_only_cache,
     check_range,
     check_unet,
 )
@@ -87,11 +88,7 @@ class DeepCache(Configuration):
                 f"{self.title}: cache_branch_id must be from 0 to {model.depth - 1} on {model.name}, which has "
                 f"{model.depth} skip connections, but is {self.cache_branch_id}. Lower it; 0 is the fastest."
             )
-        if model.caches:
-            raise RuntimeError(
-                f"{self.title}: this model already has {' and '.join(model.caches)} on it, and two caches would each "
-                "skip what the other needs. Remove or bypass one of them."
-            )
+        check_only_cache(self.title, model)
         if model.compiler:
             raise RuntimeError(
                 f"{self.title}: {model.compiler} on this model compiles the UNet as a whole and takes the graph of a "

@@ -30,6 +30,7 @@ from .method import (
     Run,
     State,
     check_number,
+    check_only_cache,
     check_range,
 )
 
@@ -88,11 +89,7 @@ class Forecast(Configuration):
         return None
 
     def check(self, model: Model) -> None:
-        if model.caches:
-            raise RuntimeError(
-                f"{self.title}: this model already has {' and '.join(model.caches)} on it, and two caches would each "
-                "skip what the other needs. Remove or bypass one of them."
-            )
+        check_only_cache(self.title, model)
 
     def begin(self, run: Run) -> ForecastRun:
         return ForecastRun(self, run)

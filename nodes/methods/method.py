@@ -531,6 +531,15 @@ def check_range(title: str, start_percent: float, end_percent: float) -> None:
         )
 
 
+def check_only_cache(title: str, model: Model) -> None:
+    """Raise RuntimeError if there is another step cache on the model."""
+    if model.caches:
+        raise RuntimeError(
+            f"{title}: this model already has {' and '.join(model.caches)} on it, and two caches would each skip what "
+            "the other needs. Remove or bypass one of them."
+        )
+
+
 def check_unet(title: str, model: Model, instead: str) -> None:
     """Raise RuntimeError unless the model is a Stable Diffusion UNet."""
     if not model.is_unet:
