@@ -88,10 +88,10 @@ def test_what_is_vendored_is_what_is_said_beside_it():
 @pytest.mark.parametrize(("name", "width", "height"), [("icon", 400, 400), ("banner", 1680, 720)])
 def test_the_registry_s_pictures_have_its_sizes(name, width, height):
     """A square of at most 400 pixels, and 21:9."""
-    data = (ROOT / "pictures" / f"{name}.png").read_bytes()
+    data = (ROOT / "art" / f"{name}.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (width, height)
-    drawn = ElementTree.parse(ROOT / "pictures" / f"{name}.svg").getroot()
+    drawn = ElementTree.parse(ROOT / "art" / f"{name}.svg").getroot()
     assert drawn.get("viewBox") == f"0 0 {width} {height}"
 
 
