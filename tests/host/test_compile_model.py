@@ -68,14 +68,14 @@ def close(image: torch.Tensor, expected: torch.Tensor) -> bool:
 def tallies(monkeypatch):
     """Those of the runs that follow, in order."""
     tallies = []
-    compile_unet = hosted.engine("model.compile_unet")
-    init = compile_unet.UNetCompiling.__init__
+    kind = hosted.engine("model.compile_model").Compiling
+    init = kind.__init__
 
     def recording(self, *args):
         init(self, *args)
         tallies.append(self.tally)
 
-    monkeypatch.setattr(compile_unet.UNetCompiling, "__init__", recording)
+    monkeypatch.setattr(kind, "__init__", recording)
     return tallies
 
 
@@ -294,11 +294,6 @@ def test_every_family(family, scope):
     both = lambda p: cutoff(0.5)(deepcache(2)(p))  # noqa: E731
     eager = sample(both(model), steps=4)
     assert close(sample(both(compile_model(model, backend=BACKEND, scope=scope)), steps=4), eager)
-
-
-def test_a_dit_is_refused_with_what_serves_it():
-    with pytest.raises(RuntimeError, match="TorchCompileModel"):
-        compile_model(hosted.model("DiT"))
 
 
 # The hazard

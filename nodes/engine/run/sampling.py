@@ -152,7 +152,8 @@ class SamplingRun:
             if takes_part(method, "convolution"):
                 self.unet_calls.convolve(method, self.guider.model_patcher)
             if takes_part(method, "compile"):
-                self.unet_calls.compile(entry.config, method, self.guider.model_patcher, self._announce)
+                patcher = self.guider.model_patcher
+                self.model_calls.compiling = self.unet_calls.compile(entry.config, method, patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         self.conditions.around = next(iter(self._taking_part("conditions")), None)
         self.judges = self._taking_part("accepts")
@@ -257,7 +258,13 @@ class SamplingRun:
         options = {} if transformer_options is None else transformer_options
         return self.model_calls.apply(executor, x, t, c_concat, c_crossattn, control, options, kwargs)
 
-    def diffusion_model(
+    def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any):
+        # Those of other models take other arguments. A guider may run one of each (DualModelGuider).
+        if not models.is_image_unet(executor.class_obj):
+            return executor(*args, **kwargs)
+        return self._unet(executor, *args, **kwargs)
+
+    def _unet(
         self, executor: Any, x: Any, timesteps: Any = None, context: Any = None, y: Any = None, control: Any = None,
         transformer_options: dict[str, Any] | None = None, **kwargs: Any,
     ):  # fmt: skip

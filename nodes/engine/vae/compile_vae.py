@@ -34,6 +34,7 @@ class CompileVAE(Settings):
 
     stem = "compile_vae"
     title = "Compile VAE"
+    has_blocks = False
 
 
 def compiled(node: type[io.ComfyNode], vae: Any, settings: CompileVAE) -> Any:
