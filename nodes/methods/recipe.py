@@ -152,7 +152,7 @@ class Advice:
 
 # fmt: off
 ROWS = (
-    Row(PICTURE, "compile_model", {"backend": "inductor"}, ("GPU", "UNet", "whole", "no DynamicVRAM"),
+    Row(PICTURE, "compile_model", {"backend": "inductor"}, ("GPU", "whole", "no DynamicVRAM"),
         "fused code, the same picture up to rounding",
         "a minute or more before the first picture, once more at a second size, then none"),
     Row(PICTURE, "attention_backend", {"fuse_qkv": True}, ("GPU", "UNet", "whole"),

@@ -144,12 +144,12 @@ def test_the_list_stays_above_what_became_of_each_also_where_the_node_is_cached(
 
 def test_without_anything_to_choose_it_is_the_very_same_model_and_says_why(given, last_lines):
     dit = hosted.model("DiT")
-    given(device="cuda", device_mib=24576)
+    given(device="cuda", device_mib=1024)
     assert planned(dit, "best quality") is dit
     ((state, text),) = last_lines("1")
     assert state == "off"
     assert text.startswith("off: nothing to choose. best quality, for AuraFlow (")
-    assert "\n- no Compile Model: AuraFlow is none of Stable Diffusion's UNets\n" in text
+    assert "\n- no Compile Model: not all of AuraFlow fits into the 1024 MiB of cuda\n" in text
 
 
 def test_a_node_of_a_methods_own_wins_wherever_it_is_wired(model, last_lines, no_measuring):

@@ -22,6 +22,7 @@ SIZES = {
     "SDXL": ("SDXL", 4897, 2150, 524),
     "SDXLRefiner": ("SDXL refiner", 4310, 1900, 655),
     "Flux": (None, 22700, 11500, 2031),
+    "ZImage": (None, 11740, 5900, 1600),
 }
 MACHINES = {
     "RTX 3090": ("cuda", 24576, {}),
@@ -199,6 +200,7 @@ def test_a_goal_that_is_reached_already_changes_nothing(installed):
     [
         ("best quality", "RTX 3090", "SDXL", {"compile_model": {"backend": "inductor"}, "attention_backend": FUSED}),
         ("best quality", "RTX 3090", "Flux", {}),
+        ("best quality", "RTX 3090", "ZImage", {"compile_model": {"backend": "inductor"}}),
         ("best quality", "RTX 2060", "SDXL", {}),
         ("best quality", "Xeon", "SD15", {"attention_backend": {}}),
         (
