@@ -70,9 +70,9 @@ class SlipstreamCFGCutoff(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Of how many guided evaluations in a row one is made in full. In the others the positive "
-                        "prompt is evaluated alone, and what guidance adds follows from those before. 2 saves a fifth "
-                        "of the work, 3 a quarter. 1 makes each in full."
+                        "Of how many guided evaluations in a row at least one is made in full. In the others the "
+                        "positive prompt is evaluated alone, and what guidance adds follows from those before, as "
+                        "long as that misses little. 2 saves a fifth of the work, 3 a quarter. 1 makes each in full."
                     ),
                 ),
                 option(
@@ -86,7 +86,7 @@ class SlipstreamCFGCutoff(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Ends guidance before the cutoff, once what it adds to the latent in a step is under this "
+                        "Ends guidance before the cutoff, once what it still adds to the latent is under this "
                         "fraction of it. The cutoff is then the latest. 0 is off."
                     ),
                 ),

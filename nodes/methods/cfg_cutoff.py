@@ -1,6 +1,6 @@
 """CFG Cutoff: classifier-free guidance where it matters, and what it was before in between.
 
-Guidance matters while the image takes shape and hardly afterwards, and at the very beginning, where there is nothing but
+Guidance matters while the image takes shape and hardly afterwards, and at the very beginning, where there is only
 noise, it may do harm. Without it each evaluation needs the positive prediction alone, half the work. In between, what it
 adds changes slower than the predictions that it is made of: the positive is evaluated each time, and how the other
 conditions differ from it may be that of the last evaluations, held or drawn on. Which of these is nearer is scored at
@@ -38,9 +38,12 @@ from .method import (
 UNITS = ("steps", "timesteps")
 MAX_REUSE = 5
 
-FIRST = 4
+FIRST = 3
 """The first guided evaluations, which are made in any case: what guidance adds turns fastest there, and what is scored
 needs a history."""
+
+MOST = 0.1
+"""What a row of reuse may leave in the latent, relative to it, where Forecast holds it under no other budget."""
 
 MEMORY = 2
 """How many scores of each way count."""
@@ -62,7 +65,7 @@ class CFGCutoff(Configuration):
         is cut off at the same noise level as a full one.
     start: fraction of the run, in the same unit, before which only the positive is evaluated.
     reuse_every: of how many guided evaluations in a row one is made in full, 1 to 5; 1 is each.
-    adaptive: what guidance adds in a step, relative to the latent, under which it ends before the cutoff; 0 is never.
+    adaptive: what guidance still adds to the latent, relative to it, under which it ends before the cutoff; 0 is never.
     """
 
     cutoff: float = 0.75
@@ -327,6 +330,11 @@ def _norms(value: Tensor) -> Tensor:
     return norms
 
 
+def _share(sigma: float, following: float) -> float:
+    """By what share a step from one noise level to another makes the latent the prediction."""
+    return max(0.0, 1 - following / sigma) if sigma > 0 else 1.0
+
+
 def _gap(sigma: float, other: float) -> float:
     """How far two noise levels are apart, in log sigma."""
     return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
@@ -381,7 +389,8 @@ class MeasuredRun(CFGCutoffRun):
         self.is_multistage |= evaluation.step == self.step_before and not evaluation.is_again
         self.sigma_before, self.step_before = evaluation.sigma, evaluation.step
         if not self.has_ended and self.config.adaptive and self.amount is not None:
-            adds = self.amount * self._share(evaluation)
+            # Were all that is left of the run one step.
+            adds = self.amount * _share(evaluation.sigma, self.steps.sigmas[-1])
             self.least = adds if self.least is None else min(self.least, adds)
             if adds < self.config.adaptive:
                 self.has_ended, self.ended_with = True, adds
@@ -391,10 +400,6 @@ class MeasuredRun(CFGCutoffRun):
         """The noise level went up."""
         self.known.clear()
         self.full, self.amount, self.has_ended = 0, None, False
-
-    def _share(self, evaluation: Evaluation) -> float:
-        """By what share a step makes the latent the prediction."""
-        return max(0.0, 1 - self._following(evaluation) / evaluation.sigma) if evaluation.sigma > 0 else 1.0
 
     def _weight(self, evaluation: Evaluation) -> float:
         """By how much a step moves x / sigma for each unit of its prediction, whatever the solver; 0 at the end."""
@@ -458,7 +463,8 @@ class MeasuredRun(CFGCutoffRun):
         if due or evaluation.is_again or self.adapts_steps or self.needing_negative or not self.scores:
             return
         error, self.way = self._best(evaluation)
-        if evaluation.budget is not None and error > evaluation.budget:
+        budget = MOST - self.row_error if evaluation.budget is None else evaluation.budget
+        if error > budget:
             self.over_budget += 1
             return
         self.is_reusing, evaluation.error = True, error
@@ -482,7 +488,7 @@ class MeasuredRun(CFGCutoffRun):
             scored = [errors[place] * (1 if gap < SAME_LEVEL else _growth(gap / at, damping)) for at, errors in scores]
             expected.append((sum(scored) / len(scored), place, name))
         error, _, way = min(expected)
-        return error * self._share(evaluation), way
+        return error * _share(evaluation.sigma, self._following(evaluation)), way
 
     def _reuse(
         self,
@@ -589,9 +595,9 @@ class MeasuredRun(CFGCutoffRun):
         if self.adapts_steps:
             return ["no guidance was reused, since this sampler chooses its own steps by what the model gives"]
         if self.over_budget:
-            return [f"{self.over_budget} evaluations were made in full to stay within Forecast's error_budget"]
+            return [f"{self.over_budget} more were made in full, as reuse would have missed by too much"]
         if not self.reused:
-            return [f"no guidance was reused, since the first {FIRST} guided evaluations are made in any case"]
+            return [f"no guidance was reused, since the first {FIRST} guided evaluations are made in full in any case"]
         return []
 
     def _why_not_ended(self) -> list[str]:

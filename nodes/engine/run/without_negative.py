@@ -149,8 +149,8 @@ class WithoutNegative:
 
 def working_on_negative(transformer_options: dict[str, Any]) -> set[str]:
     """Names of the nodes inside the model that work on the negative as it is evaluated, where a node has the host
-    evaluate it at cfg 1 too. NAG has no function around guidance: it mixes the two inside attention, where it finds both;
-    SAG remembers the negative's attention there."""
+    evaluate it at cfg 1 too. NAG has no function around guidance: it mixes the two inside attention, where it finds
+    both; SAG remembers the negative's attention there."""
     return {name_of(patch) for patch in _patches(transformer_options) if _tells_prompts_apart(patch)}
 
 
