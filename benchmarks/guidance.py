@@ -4,9 +4,9 @@
     python benchmarks/guidance.py --count 8  # a look
     python benchmarks/guidance.py --model transformer
 
-Every setting samples the same prompts at the same seeds as the exact run, one picture at a time: each decides for itself.
-Predictions are the conditions that go through the network: two for a guided evaluation, one for the positive alone. Each
-setting is held against a plain cutoff with as many predictions, interpolated between the cutoffs that were run.
+Every setting samples the same prompts at the same seeds as the exact run, one picture at a time: each decides for
+itself. Predictions are the conditions that go through the network: two for a guided evaluation, one for the positive
+alone. Each setting is held against a plain cutoff with as many, interpolated between the cutoffs that were run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """CFG Cutoff: classifier-free guidance where it matters, and what it was before in between.
 
 Guidance matters while the image takes shape and hardly afterwards, and at the very beginning, where there is only
-noise, it may do harm. Without it each evaluation needs the positive prediction alone, half the work. In between, what it
-adds changes slower than the predictions that it is made of: the positive is evaluated each time, and how the other
+noise, it may do harm. Without it each evaluation needs the positive prediction alone, half the work. In between, what
+it adds changes slower than the predictions that it is made of: the positive is evaluated each time, and how the other
 conditions differ from it may be that of the last evaluations, held or drawn on. Which of these is nearer is scored at
 each evaluation that has all of them.
 
@@ -241,8 +241,8 @@ class Difference:
         state: what is in force of both; with another one it is another difference.
         number: which of the full evaluations saw it last.
         history: noise level and difference of the derivatives (x - D) / sigma, newest first.
-        foretold: since then: noise level, difference of the predictions, and by how much its step moves x / sigma for each
-            unit of them.
+        foretold: since then: noise level, difference of the predictions, and by how much its step moves x / sigma for
+            each unit of them.
     """
 
     state: Hashable
@@ -266,8 +266,8 @@ class Difference:
         self.foretold = []
 
     def missed(self, sigma: float, difference: Tensor) -> Tensor | None:
-        """By what those foretold moved x / sigma wrongly, now that the next one is known; None if it is nothing. What lies
-        between two evaluations is known from both."""
+        """By what those foretold moved x / sigma wrongly, now that the next one is known; None if it is nothing. What
+        lies between two evaluations is known from both."""
         if not self.foretold:
             return None
         nodes = [(sigma, difference / sigma), *self.history]

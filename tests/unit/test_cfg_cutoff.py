@@ -164,7 +164,7 @@ class Guided:
     twice: bool = False
 
     def __post_init__(self):
-        self.sigmas = tuple(self.top * (0.8**i) for i in range(self.steps)) + (0.0,)
+        self.sigmas = (*(self.top * 0.8**i for i in range(self.steps)), 0.0)
 
     def run(self, config):
         model = Model("any", None, None, 0, 0)
@@ -242,8 +242,8 @@ def test_a_difference_that_goes_on_as_foretold_is_reused_without_error(way, ever
     reused = given.taken.count(1)
     assert state == "active"
     assert text.startswith(
-        f"{reused} of 20 evaluations reused the guidance of those before, {sum(given.taken)} of 40 predictions evaluated; "
-        "reused by "
+        f"{reused} of 20 evaluations reused the guidance of those before, "
+        f"{sum(given.taken)} of 40 predictions evaluated; reused by "
     )
     assert f"{way} " in text
 
