@@ -518,6 +518,7 @@ def sdxl(bench: Any) -> None:
             Variant("Attention and channels-last", sampling(*exact), 5),
             Variant("Forecast", sampling(("Forecast", {})), 4),
             Variant("DeepCache and CFG Cutoff", sampling(*fewer), 3),
+            Variant("CFG Cutoff, guidance reused", sampling(("CFGCutoff", {"cutoff": 1.0, "reuse_every": 3})), 4),
             Variant("core EasyCache", sampling(on=_easycache), 4),
             Variant("Compile Model, Attention, channels-last", sampling(*exact, compiled), 30),
             Variant("all, with fp8", sampling(*everything), 25),

@@ -322,6 +322,13 @@ class ForecastRun(MethodRun):
             self.foretold.clear()
             for known in self.known.values():
                 known.history.clear()
+        before = self.evaluation
+        if before is not None and before.is_reused:
+            # It was made with the guidance of earlier ones: what that left is not gone.
+            self.error += before.error
+            self.worst = max(self.worst, self.error)
+        elif before is None or not before.is_forecast:
+            self.error = 0.0
         why = self._why_made(evaluation, is_same_step, goes_up)
         self.evaluation, self.sigma, self.step, self.groups = evaluation, sigma, evaluation.step, []
         self.is_skipping = evaluation.is_forecast = why is None
@@ -329,7 +336,7 @@ class ForecastRun(MethodRun):
             self.skipped += 1
             self.row += 1
         else:
-            self._note_made(why)
+            self._note_made(evaluation, why)
 
     def _begin_again(self, evaluation: Evaluation) -> None:
         """What came of the evaluation was not accepted: nothing is kept of it, and it is made."""
@@ -340,9 +347,10 @@ class ForecastRun(MethodRun):
         if self.is_skipping:
             self._make("since a forecast was not finite")
 
-    def _note_made(self, why: str) -> None:
+    def _note_made(self, evaluation: Evaluation, why: str) -> None:
         self.made[why] += 1
-        self.row, self.error = 0, 0.0
+        self.row = 0
+        evaluation.budget = max(0.0, self.config.error_budget - self.error)
         self.to_take_back, self.foretold = self.foretold, {}
 
     def _make(self, why: str) -> None:
@@ -350,7 +358,7 @@ class ForecastRun(MethodRun):
         assert self.evaluation is not None
         self.is_skipping = self.evaluation.is_forecast = False
         self.skipped -= 1
-        self._note_made(why)
+        self._note_made(self.evaluation, why)
 
     def _why_made(self, evaluation: Evaluation, is_same_step: bool, goes_up: bool) -> str | None:
         """Why an evaluation is made; None if it need not be."""

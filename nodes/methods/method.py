@@ -147,6 +147,10 @@ class Evaluation:
         is_forecast: whether it is foretold, and not made.
         is_cached: whether a part of the model was reused in it from an earlier one.
         is_again: whether it is made once more, since a method did not accept what came of it.
+        budget: what may be left in the latent, relative to it, by what is not evaluated in it; None if nothing holds
+            that under a budget.
+        is_reused: whether the positive alone was evaluated in it, with the guidance of earlier ones.
+        error: what that leaves in the latent, relative to it.
     """
 
     step: int
@@ -155,6 +159,9 @@ class Evaluation:
     is_forecast: bool = False
     is_cached: bool = False
     is_again: bool = False
+    budget: float | None = None
+    is_reused: bool = False
+    error: float = 0.0
 
 
 class Guidance(Protocol):
@@ -171,6 +178,10 @@ class Guidance(Protocol):
     @property
     def conditions(self) -> int:
         """How many conditions of all the guider's prompts are in force at this noise level."""
+
+    @property
+    def needing_negative(self) -> Collection[str]:
+        """Names of the nodes inside the model that work on the negative as it is evaluated, or remember it."""
 
     def guided(self) -> Tensor:
         """What the guider makes of it: the denoised latent, (B, C, H, W)."""
@@ -202,6 +213,17 @@ class ConditionsCall(Protocol):
     @property
     def weights(self) -> tuple[float, ...] | None:
         """Of each prediction in what the sampler gets; None where that is not their sum."""
+
+    @property
+    def are_positive(self) -> tuple[bool, ...]:
+        """Which of them are the guider's positive prompt."""
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The frames that it is of; empty for all."""
+
+    def only(self, places: Sequence[int]) -> ConditionsCall:
+        """The same for some of the conditions."""
 
     def evaluate(self) -> Sequence[Tensor]:
         """The model's denoised latent for each, (B, C, ...)."""

@@ -18,8 +18,8 @@ METHODS = (
     "attention_backend",
     "winograd",
     "compile_model",
-    "cfg_cutoff",
     "forecast",
+    "cfg_cutoff",
     "deepcache",
     "freeu",
 )

@@ -155,7 +155,7 @@ class SamplingRun:
                 patcher = self.guider.model_patcher
                 self.model_calls.compiling = self.unet_calls.compile(entry.config, method, patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
-        self.conditions.around = next(iter(self._taking_part("conditions")), None)
+        self.conditions.around = self._taking_part("conditions")
         self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
@@ -213,7 +213,7 @@ class SamplingRun:
             WrappersMP.PREDICT_NOISE: self.predict_noise,
             WrappersMP.APPLY_MODEL: self.apply_model,
         }
-        if self.conditions.around is not None:
+        if self.conditions.around:
             wrappers[WrappersMP.CALC_COND_BATCH] = self.conditions.call
         if self.unet_calls.takes_part:
             wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
