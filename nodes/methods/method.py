@@ -289,12 +289,14 @@ class Quantized(Made):
         offloaded_bytes: how much of that left the device meanwhile.
         hooked: how many of the layers are quantized anew as hooks change them.
         elapsed_s: what quantizing took; 0 if it was done in an earlier run.
+        left_bytes: memory of the layers that go on as they are, by the reason.
     """
 
     original_bytes: int = 0
     offloaded_bytes: int = 0
     hooked: int = 0
     elapsed_s: float = 0.0
+    left_bytes: Counter[str] = field(default_factory=Counter, kw_only=True)
 
 
 class Quantizer(Protocol):
@@ -305,7 +307,7 @@ class Quantizer(Protocol):
 
         Args:
             path: its path in the model.
-            is_in_block: whether it is inside one of the blocks that the model is a list of.
+            is_in_block: whether it is inside one of the blocks with attention that the model is a list of.
         """
 
     def quantize(self, weight: Tensor) -> torch.nn.Parameter:

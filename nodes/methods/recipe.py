@@ -37,7 +37,7 @@ class Given:
         model: without what other nodes put on it, which may come later in the graph.
         device_mib: all memory of its device; of a processor, the RAM.
         size_mib: its weights.
-        int8_mib: its linear layers' weights, were each in eight bits.
+        int8_mib: what Quantize Model would make of its linear layers.
         activations_mib: what the host reckons for the features of a guided picture of 1024x1024.
         has_bf16: whether the device has bf16 arithmetic.
         has_ram_apart: whether weights that are not in use can wait outside the device's memory.

@@ -104,19 +104,12 @@ class QuantizedLayers:
         self._quantize_all()
 
     def _chosen(self) -> Iterator[_Layer]:
-        blocks = tuple(
-            f"{path}."
-            for part, path in self._paths.items()
-            if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
-        )
-        for layer, path in self._paths.items():
-            if not isinstance(layer, nn.Linear):
-                continue
-            why = _unsuited(layer) or self._quantizer.leaves_out(path, layer, path.startswith(blocks))
+        for layer, path, why in sorted_out(self._paths, self._quantizer):
             if why is None:
                 yield _Layer(path, layer, not self._hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
             else:
                 self.made.left[why] += 1
+                self.made.left_bytes[why] += _bytes(layer.weight)
 
     def _quantize_all(self) -> None:
         patcher, unloading = self._patcher, Unloading(self._patcher)
@@ -192,6 +185,28 @@ class QuantizedLayers:
                     module.__dict__.pop(name, None)
                 module.__dict__.update(flags)
             self._is_installed = False
+
+
+def sorted_out(paths: Mapping[nn.Module, str], quantizer: Quantizer) -> Iterator[tuple[nn.Linear, str, str | None]]:
+    """The linear layers of a model with their paths, and why each stays as it is: None if it is quantized.
+
+    What a model is made of are its lists of blocks with attention. Other lists hold what is before and after them: the
+    layers by which Chroma makes all of its modulation, HiDream's projections of each layer of its text encoder.
+    """
+    blocks = tuple(
+        f"{path}."
+        for part, path in paths.items()
+        if isinstance(part, TimestepEmbedSequential)
+        or (isinstance(part, (nn.ModuleList, nn.ModuleDict)) and _has_attention(part))
+    )
+    for layer, path in paths.items():
+        if isinstance(layer, nn.Linear):
+            yield layer, path, _unsuited(layer) or quantizer.leaves_out(path, layer, path.startswith(blocks))
+
+
+def _has_attention(module: nn.Module) -> bool:
+    named = ((path + type(part).__name__).lower() for path, part in module.named_modules() if part is not module)
+    return any("attn" in name or "attention" in name for name in named)
 
 
 def has_own_memory(device: torch.device) -> bool:
