@@ -16,7 +16,7 @@ class Link {
 }
 
 /** Where a subgraph's wires come in, or go out. */
-class Passage {
+export class Passage {
   constructor(graph, slot) {
     Object.assign(this, { ...slot, graph, linkIds: [] })
   }
@@ -136,6 +136,10 @@ export class Node {
     if (link != null) this.graph.cut(link)
   }
 
+  setSize(size) {
+    this.size = [...size]
+  }
+
   getInputLink(index) {
     return this.graph.getLink(this.inputs[index]?.link) ?? null
   }
@@ -178,7 +182,10 @@ export function creator(infos) {
     node.inputs = inputsOf(info).map(([name, type, options]) => ({
       name, type, link: null, ...(NO_WIDGET.test(type) || options.forceInput ? {} : { widget: { name } })
     }))
-    node.widgets = widgetsOf(info).map((name) => ({ name, value: name === 'control_after_generate' ? 'randomize' : defaults[name] }))
+    const options = Object.fromEntries(inputsOf(info).map(([name, , options]) => [name, options]))
+    node.widgets = widgetsOf(info).map((name) => ({
+      name, value: name === 'control_after_generate' ? 'randomize' : defaults[name], options: options[name] ?? {}
+    }))
     node.outputs = info.output.map((type, slot) => ({ name: info.output_name?.[slot] ?? type, type: Array.isArray(type) ? 'COMBO' : type, links: [] }))
     node.size = [300, 30 + 24 * (node.inputs.length + node.widgets.length)]
     return node

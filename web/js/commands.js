@@ -50,6 +50,9 @@ const STYLE = `
 .slipstream-panel__line .slipstream-verdict__symbol { color: color-mix(in srgb, var(--state) 75%, currentcolor); }
 `
 
+/** What was told last: the next one takes its place. @type {object | null} */
+let told = null
+
 /** Of the tab, while it is open. @type {HTMLElement | null} */
 let panel = null
 
@@ -98,8 +101,10 @@ function run(command) {
 
 /** @param {'success' | 'warn'} severity @param {import('./commands/edit.mjs').Fact[]} facts */
 function tell(severity, facts) {
-  const detail = sentence(facts, language())
-  app.extensionManager.toast.add({ severity, summary: 'Slipstream', detail, life: SHOWN_MS })
+  const { toast } = app.extensionManager
+  if (told) toast.remove?.(told)
+  told = { severity, summary: 'Slipstream', detail: sentence(facts, language()), life: SHOWN_MS }
+  toast.add(told)
 }
 
 async function askAndSpeedUp() {

@@ -45,8 +45,16 @@ export function speedUp(root, goal, create) {
   const groups = grouped(served.filter((end) => !walk.suggesting(end)))
   for (const node of there) facts.push(goOn(node, goal))
   const nodes = groups.map((ends) => insert(walk, ends, goal, create))
-  nodes.forEach((node, index) => facts.push(['put', nameOf(node), groups[index].map((end) => nameOf(end.node))]))
+  nodes.forEach((node, index) => {
+    const samplers = [...new Set(groups[index].map((end) => nameOf(end.node)))]
+    facts.push(['put', nameOf(node), samplers, placeOf(walk, node.graph)])
+  })
   return { facts, nodes }
+}
+
+/** What a subgraph is called where it is used; nothing for the root. @param {Walk} walk @param {Graph} graph */
+function placeOf(walk, graph) {
+  return [...new Set((walk.instances.get(graph) ?? []).map(({ title }) => title))]
 }
 
 /** @param {Walk} walk */
@@ -136,14 +144,14 @@ function measure(root, create, chosen, type, models) {
     if (measured(walk, sampler, type)) throw new Refusal('measured', nameOf(sampler))
     const call = callOf(walk, sampler)
     const origin = walk.origin(call.taker, call.model)
-    if (!origin) throw new Refusal('noModel', nameOf(call.taker))
+    if (!origin || !walk.isMade(origin)) throw new Refusal('noModel', nameOf(call.taker))
     if (![...walk.ancestors(origin, MODEL)].some(({ node }) => node && isOurs(node) && isOn(node)))
       throw new Refusal('nothingOn', nameOf(sampler))
     return [sampler, { ...models(walk, call), ...call.inputs }]
   })
 
   const node = addTo(sampler.graph, create(type))
-  const facts = [['measures', nameOf(node), nameOf(sampler)]]
+  const facts = [['measures', nameOf(node), nameOf(sampler), placeOf(walk, node.graph)]]
   const copies = []
   for (const [name, given] of Object.entries(inputs)) {
     const target = inputNamed(node, name)
@@ -360,13 +368,17 @@ function removeShell(walk, shell) {
   }
 }
 
-/** Puts the host's own node in the place of one of ours, with all of its wires and values that it has. @param {Walk} walk @param {Node} node */
+/** Puts the host's own node in the place of one of ours, with all wires and values that it can have. @param {Walk} walk @param {Node} node */
 function replace(walk, node, create) {
   const { graph } = node
   const other = addTo(graph, create(HOSTS_OWN[node.type]))
   other.pos = [...node.pos]
   other.mode = node.mode
-  for (const widget of node.widgets ?? []) setWidget(other, widget.name, widget.value)
+  for (const { name, value } of node.widgets ?? []) {
+    const { min = -Infinity, max = Infinity } = other.widgets.find((widget) => widget.name === name)?.options ?? {}
+    // Ours takes a 0 to choose by itself.
+    if (value >= min && value <= max) setWidget(other, name, value)
+  }
   for (const [index, input] of node.inputs.entries()) {
     const origin = walk.origin(node, index)
     const target = inputNamed(other, input.name)

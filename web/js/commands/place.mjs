@@ -14,6 +14,9 @@ const SLOT = 20
 /** What nodes of ours grow to where they show what they did. @type {Record<string, number>} */
 const GROWN = { SlipstreamRecipe: 320, SlipstreamBenchmark: 1300 }
 
+/** What a node of ours may be narrowed to, and how high it then grows, where there is more room for it. @type {Record<string, [number, number]>} */
+const NARROW = { SlipstreamRecipe: [300, 440] }
+
 /** In wire lengths: a wire that runs back is harder to read, and so is a node on the edge of a group. */
 const BACKWARDS = 2
 const ON_EDGE = 400
@@ -24,19 +27,22 @@ const ON_EDGE = 400
  * @param {Wires} wires
  */
 export function place(node, wires) {
-  const height = Math.max(node.size[1], GROWN[node.type] ?? 0) + TITLE
-  const size = { width: node.size[0], height }
+  const sizes = [[node.size[0], Math.max(node.size[1], GROWN[node.type] ?? 0)], NARROW[node.type]].filter(Boolean)
   const taken = obstacles(node.graph, node)
   const groups = (node.graph.groups ?? []).map(boxOf)
-  let best = { cost: Infinity, x: 0, y: 0 }
   const ends = [...wires.from, ...wires.to]
-  for (const x of candidates(taken, ends, 'x', 'width', size.width))
-    for (const y of candidates(taken, ends, 'y', 'height', size.height)) {
-      const box = { x, y, ...size }
-      const cost = costOf(box, wires, groups, best.cost)
-      if (cost < best.cost && !taken.some((other) => overlaps(box, other))) best = { cost, x, y }
-    }
+  let best = { cost: Infinity, x: 0, y: 0, width: 0 }
+  for (const [width, height] of sizes) {
+    const size = { width, height: height + TITLE }
+    for (const x of candidates(taken, ends, 'x', 'width', size.width))
+      for (const y of candidates(taken, ends, 'y', 'height', size.height)) {
+        const box = { x, y, ...size }
+        const cost = costOf(box, wires, groups, best.cost)
+        if (cost < best.cost && !taken.some((other) => overlaps(box, other))) best = { cost, x, y, width }
+      }
+  }
   node.pos = [snap(best.x), snap(best.y + TITLE)]
+  if (best.width !== node.size[0]) node.setSize([best.width, node.size[1]])
 }
 
 /** Where wires begin or end at a node's slot: near enough. @param {any} node @param {number} index @param {boolean} isInput */

@@ -13,7 +13,7 @@
  * @typedef {object} End A model's way into a sampling run.
  * @property {Node} node
  * @property {number} index The input.
- * @property {Point[]} chain What every way of the model there passes, nearest first; empty if nothing is wired to it.
+ * @property {Point[]} chain What every way of the model there passes, nearest first; empty if none comes there.
  */
 
 const MUTED = 2
@@ -224,6 +224,11 @@ export class Walk {
     return found
   }
 
+  /** Whether any node makes the model at a point: a muted one makes nothing. @param {Point} point */
+  isMade(point) {
+    return [...this.ancestors(point, MODEL)].some((one) => this.before(one) === null)
+  }
+
   /** What every way of a model to a point passes, nearest first. @param {Point} point @returns {Point[]} */
   chain(point) {
     if (!this.#chains.has(point)) {
@@ -242,12 +247,12 @@ export class Walk {
     return samplers.flatMap((node) =>
       this.inputsOf(node, MODEL).map((index) => {
         const origin = this.origin(node, index)
-        return { node, index, chain: origin ? this.chain(origin) : [] }
+        return { node, index, chain: origin && this.isMade(origin) ? this.chain(origin) : [] }
       })
     )
   }
 
-  /** The nodes of ours, or of some types, that a model at an end has passed. @param {End} end @returns {Node[]} */
+  /** The nodes of ours that a model at an end has passed. @param {End} end @returns {Node[]} */
   onModel({ chain }) {
     if (!chain.length) return []
     const passed = [...this.ancestors(chain[0], MODEL)].map(({ node }) => node)

@@ -39,10 +39,10 @@ export const WORDS = {
     reused: (some, all) => `${some} of ${all} evaluations with part of the model reused`,
     nothingLeft: 'nothing of the model left out',
 
-    put: (recipe, samplers) => `${recipe} is on the model of ${list(samplers)}.`,
+    put: (recipe, samplers, where) => `${recipe} is on the model of ${list(samplers)}${within(where)}.`,
     goesOnWith: (recipe) => `${recipe} was there already, and has the goal now.`,
     suggests: (node) => `${node} was there already, and chooses the methods.`,
-    measures: (node, sampler) => `${node} measures ${sampler}: run the workflow.`,
+    measures: (node, sampler, where) => `${node} measures ${sampler}${within(where)}: run the workflow.`,
     copied: (nodes) => `${list(nodes)} copied for the model without Slipstream.`,
     notWired: (name) => `${name} has the value of now: it can't be wired to two nodes here.`,
     off: (count) => `Slipstream is off: ${nodes(count)}.`,
@@ -105,10 +105,10 @@ export const WORDS = {
     reused: (some, all) => `${all} 次评估中有 ${some} 次复用了部分模型`,
     nothingLeft: '模型计算没有省去',
 
-    put: (recipe, samplers) => `${recipe} 已接到 ${list(samplers, '、')} 的模型上。`,
+    put: (recipe, samplers, where) => `${recipe} 已接到${withinZh(where)} ${list(samplers, '、')} 的模型上。`,
     goesOnWith: (recipe) => `${recipe} 原已存在，现已设为该目标。`,
     suggests: (node) => `${node} 原已存在，由它选择方法。`,
-    measures: (node, sampler) => `${node} 将测量 ${sampler}：请运行工作流。`,
+    measures: (node, sampler, where) => `${node} 将测量${withinZh(where)} ${sampler}：请运行工作流。`,
     copied: (nodes) => `为没有 Slipstream 的模型复制了 ${list(nodes, '、')}。`,
     notWired: (name) => `${name} 取当前值：此处无法同时接到两个节点。`,
     off: (count) => `Slipstream 已关闭：${count} 个节点。`,
@@ -145,6 +145,16 @@ export const WORDS = {
 /** @param {string[]} names */
 function list(names, comma = ', ') {
   return names.join(comma)
+}
+
+/** @param {string[]} subgraphs */
+function within(subgraphs) {
+  return subgraphs.length ? `, in ${list(subgraphs)}` : ''
+}
+
+/** @param {string[]} subgraphs */
+function withinZh(subgraphs) {
+  return subgraphs.length ? ` ${list(subgraphs, '、')} 中的` : ''
 }
 
 /** @param {number} count */
