@@ -46,7 +46,9 @@ const STYLE = `
 .slipstream-panel__list button { display: flex; flex-direction: column; gap: 3px; width: 100%; }
 .slipstream-panel__list b { font-weight: 600; }
 .slipstream-panel :is(small, .slipstream-panel__none) { font-size: 12px; opacity: 0.75; }
-.slipstream-panel__line { display: flex; gap: 6px; overflow-wrap: anywhere; }
+.slipstream-panel__line { display: flex; gap: 6px; white-space: pre-wrap; }
+.slipstream-panel__line[data-last] { opacity: 0.75; }
+.slipstream-panel__line > :last-child { min-width: 0; overflow-wrap: anywhere; }
 .slipstream-panel__line .slipstream-verdict__symbol { color: color-mix(in srgb, var(--state) 75%, currentcolor); }
 `
 

@@ -230,11 +230,8 @@ function draw() {
       if (verdict?.isLast && isNodeOff) verdicts.delete(id)
       else if (verdict && verdict.node_type === (node.comfyClass ?? node.type)) {
         records.set(node, verdict.record)
-        const isOnly = verdict.lines.length === 1
         for (const line of verdict.lines) {
-          const times = line.times > 1 && localized(STRINGS, 'times').replace('{}', String(line.times))
-          const whose = [!isOnly && line.sampler, times].filter(Boolean).join(', ')
-          const text = whose ? `${whose}: ${line.text}` : line.text
+          const text = textOf(verdict, line)
           const row = { state: line.state, isLast: Boolean(verdict.isLast), source: id }
           rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
           enclosing.forEach((host, depth) => {
@@ -250,6 +247,13 @@ function draw() {
   visit(root, '', [], false)
   for (const [node, nodeRows] of rows) show(node, nodeRows, records.get(node))
   for (const listener of afterDraw) listener()
+}
+
+/** What is shown of a line: of several, whose it is, and how often it came. @param {Verdict} verdict @param {Line} line */
+export function textOf({ lines }, { sampler, times, text }) {
+  const often = times > 1 && localized(STRINGS, 'times').replace('{}', String(times))
+  const whose = [lines.length > 1 && sampler, often].filter(Boolean).join(', ')
+  return whose ? `${whose}: ${text}` : text
 }
 
 /** @param {string} prefix @param {Node[]} enclosing */

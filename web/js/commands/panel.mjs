@@ -5,7 +5,7 @@
  * @typedef {{ label: string, tip: string, run: () => void }} Button
  */
 import { duration } from '../benchmark/format.mjs'
-import { currentVerdicts, make, mark } from '../verdicts.js'
+import { currentVerdicts, make, mark, textOf } from '../verdicts.js'
 import { isOn, isOurs } from './walk.mjs'
 
 /** How long the prompts took, by their ids. @type {Map<string, number>} */
@@ -70,11 +70,12 @@ function item({ node, id, isOff, within }, words, goTo) {
   if (within.length) button.append(make('small', '', within.join(' › ')))
   const lines = isOff || verdict?.node_type !== node.type ? [] : verdict.lines
   if (!lines.length) button.append(make('span', 'slipstream-panel__none', isOff ? words.isOff : words.noVerdict))
-  for (const { state, text } of lines) {
-    const line = make('span', 'slipstream-panel__line')
-    line.dataset.state = state
-    line.append(mark(line, state), make('span', '', text))
-    button.append(line)
+  for (const line of lines) {
+    const row = make('span', 'slipstream-panel__line')
+    row.dataset.state = line.state
+    row.toggleAttribute('data-last', Boolean(verdict.isLast))
+    row.append(mark(row, line.state), make('span', '', textOf(verdict, line)))
+    button.append(row)
   }
   entry.append(button)
   return entry
