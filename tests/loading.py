@@ -25,6 +25,13 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def find_node() -> str | None:
+    """Playwright's own node, which runs the page's modules without a browser; or one on the path."""
+    spec = importlib.util.find_spec("playwright")
+    own = Path(spec.origin).parent / "driver" / ("node.exe" if os.name == "nt" else "node") if spec and spec.origin else None
+    return str(own) if own and own.is_file() else shutil.which("node")
+
+
 def packed_files(pack: Path = ROOT) -> list[str]:
     """The paths, in the pack, of the files that `comfy node pack` takes of it and users get."""
     from pathspec import PathSpec

@@ -248,6 +248,7 @@ class SamplingRun:
             around = self.around_evaluation
             denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
             if all(method.accepts(evaluation, denoised) for method in self.judges):
+                self.now.end_evaluation()
                 return denoised
             evaluation = self.now.begin_again()
 

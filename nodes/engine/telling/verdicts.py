@@ -29,6 +29,8 @@ ROUTE = "/slipstream/verdicts"
 KEPT = 1000
 LATEST = 64
 """Lines of a node that may yet be written anew."""
+SUMMED = ("evaluations", "predictions", "full_predictions", "reused", "elapsed_s")
+"""Counts of a run that are added up for a prompt."""
 OF_ITSELF = 0
 """In the place of a run's number, for what a node says of itself: such a line is never one of many."""
 NOT_RUN = (OF_ITSELF, "")
@@ -90,6 +92,7 @@ class Verdict:
         lines: what it says of itself, and its latest runs' lines in order.
         earlier: the lines of the runs before these.
         record: the counts of the latest run.
+        totals: of all of the prompt's own runs that are over.
     """
 
     prompt_id: str | None
@@ -99,6 +102,7 @@ class Verdict:
     lines: OrderedDict[Key, dict[str, Any]] = field(default_factory=OrderedDict)
     earlier: Folded = field(default_factory=Folded)
     record: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
     def put(self, key: Key, line: dict[str, Any]) -> None:
         """Set a line. One that is neither among the latest nor still running is no longer known by its key."""
@@ -124,6 +128,7 @@ class Verdict:
             "node_type": self.node.type,
             "lines": self.shown(),
             "record": self.record,
+            "totals": self.totals,
         }
 
 
@@ -191,7 +196,9 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
     publish_lines(where, node, {run: line}, record)
 
 
-def publish_lines(where: Prompt, node: Node, lines: Mapping[Key, Line], record: dict[str, Any]) -> None:
+def publish_lines(
+    where: Prompt, node: Node, lines: Mapping[Key, Line], record: dict[str, Any], is_over: bool = False
+) -> None:
     """Set lines on a node, and tell the client.
 
     Never raises for the server's sake: a verdict that cannot be sent must not cost the image.
@@ -201,6 +208,7 @@ def publish_lines(where: Prompt, node: Node, lines: Mapping[Key, Line], record: 
         node: the node that it is about.
         lines: what to say, as with `publish`.
         record: the run's counts.
+        is_over: whether the run is over, and one of the prompt's own: its counts belong to the prompt's.
     """
     with _lock:
         verdict = _kept.get((where.workflow, node.id))
@@ -214,6 +222,8 @@ def publish_lines(where: Prompt, node: Node, lines: Mapping[Key, Line], record: 
         for run, line in lines.items():
             verdict.put(run, {"sampler": where.sampler, **asdict(line)})
         verdict.record = record
+        if is_over:
+            verdict.totals = {name: verdict.totals.get(name, 0) + record[name] for name in SUMMED}
         _keep(verdict)
         data = verdict.as_dict()
     try:
