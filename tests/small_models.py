@@ -717,14 +717,14 @@ VAES = {
 
 
 def vae_files() -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of small VAEs, by their files' names, as the host's Load VAE takes them. An image's has no encoder: the host
-    would want it in its full size."""
+    """Weights of small VAEs, by their files' names, as the host's Load VAE takes them. An image's has no encoder: the
+    host would want it in its full size."""
     from comfy.ldm.wan.vae import WanVAE
 
     config = {**KL, "z_channels": 16, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-    image, video = AutoencoderKL(ddconfig=config, embed_dim=16), WanVAE(dim=16, z_dim=16, num_res_blocks=2, dropout=0.0)
+    image = AutoencoderKL(ddconfig=config, embed_dim=16)
+    video = WanVAE(dim=16, z_dim=16, num_res_blocks=2, temperal_downsample=[False, True, True], dropout=0.0)
     for module in (image, video):
         initialize(module, 1)
     decoder = {name: value for name, value in image.state_dict().items() if name.startswith("decoder.")}
-    films = dict.fromkeys(("qwen_image_vae", "wan_2.1_vae"), dict(video.state_dict()))
-    return {"ae": decoder, **films}
+    return {"ae": decoder, **{name: video.state_dict() for name in ("qwen_image_vae", "wan_2.1_vae")}}
