@@ -445,7 +445,14 @@ def hand_over_transformers(base, refiner, seed=SEED, steps=6, **mode):
 
 
 @pytest.mark.parametrize(
-    ("base", "refiner"), [("Wan 2.1", "Wan 2.1"), ("Flux", "Chroma"), ("Flux", "Z-Image"), ("Qwen-Image", "Wan 2.1")]
+    ("base", "refiner"),
+    [
+        ("Wan 2.1", "Wan 2.1"),
+        ("Flux", "Chroma"),
+        ("Flux", "HiDream"),
+        ("Flux", "Z-Image"),
+        ("Qwen-Image", "Wan 2.1"),
+    ],
 )
 def test_two_transformers_of_the_same_latents_and_noise(base, refiner):
     """The noise levels are the base's, whatever the shift of the other one's own schedule."""

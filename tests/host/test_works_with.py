@@ -148,7 +148,7 @@ def tiny_files(tmp_path_factory):
     """models/vae_approx with a tiny VAE of each kind that the host knows one of."""
     folder = tmp_path_factory.mktemp("vae_approx")
     with torch.no_grad():
-        for seed, (name, channels) in enumerate({"taesdxl": 4, "taesd3": 16, "taef1": 16}.items()):
+        for seed, (name, channels) in enumerate({"taesdxl": 4, "taesd3": 16, "taef1": 16, "taef2": 128}.items()):
             module = TAESD(latent_channels=channels)
             small_models.initialize(module, seed)
             for part in ("encoder", "decoder"):
@@ -393,6 +393,7 @@ MODELS = {
     "Cosmos": "Cosmos 1",
     "Cosmos Predict2": "",
     "Flux": "Flux.1 dev, schnell, Krea, Kontext, Fill",
+    "Flux 2": "dev, klein",
     "HiDream": "HiDream I1",
     "HunyuanDiT": "",
     "HunyuanVideo": "",
