@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import os
 from dataclasses import asdict, dataclass
@@ -131,6 +132,9 @@ def case(family, cases):
     if family not in cases:
         cases.clear()
         cases[family] = Case(family)
+        # What compilers and torchao brought with the family before is not looked through each time either.
+        gc.collect()
+        gc.freeze()
     found = cases[family]
     before = hosted.fingerprint(found.inner)
     yield found
