@@ -249,8 +249,9 @@ def benchmark(case: Case) -> float:
     models = {"baseline": case.model(), "candidate": run_node("SlipstreamAttention", case.model(), "2")}
     prompts = {"positive": positive, "negative": negative, "latent_image": {"samples": case.image}}
     call = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    _, told = execute("SlipstreamBenchmark", "1", **models, **prompts, **call, runs=1).result
+    pictures, told = execute("SlipstreamBenchmark", "1", **models, **prompts, **call, runs=1, vae=case.vae).result
     assert "Attention Backend" in told
+    assert pictures.isfinite().all()
     return 0.0
 
 
