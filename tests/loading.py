@@ -28,7 +28,11 @@ def find_chromium() -> str | None:
 def find_node() -> str | None:
     """Playwright's own node, which runs the page's modules without a browser; or one on the path."""
     spec = importlib.util.find_spec("playwright")
-    own = Path(spec.origin).parent / "driver" / ("node.exe" if os.name == "nt" else "node") if spec and spec.origin else None
+    own = (
+        Path(spec.origin).parent / "driver" / ("node.exe" if os.name == "nt" else "node")
+        if spec and spec.origin
+        else None
+    )
     return str(own) if own and own.is_file() else shutil.which("node")
 
 

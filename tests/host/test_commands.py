@@ -193,9 +193,14 @@ def test_the_host_would_take_what_is_made(host, looked_at):
 def test_the_host_would_take_what_is_made_of_every_workflow(host, looked_at):
     counts = check_with_the_host(looked_at)
     theirs = {name: found for name, found in looked_at.items() if name not in OURS}
-    made = {step: Counter(found["steps"][step].get("refused", "done") for found in theirs.values()) for step in ("speedUp", "benchmark")}
+    made = {
+        step: Counter(found["steps"][step].get("refused", "done") for found in theirs.values())
+        for step in ("speedUp", "benchmark")
+    }
     assert counts["known"] > counts["unknown"]
-    print(f"\n{len(theirs)} of ComfyUI's workflows sample; the host knows all nodes of {counts['known']}, ours included")
+    print(
+        f"\n{len(theirs)} of ComfyUI's workflows sample; the host knows all nodes of {counts['known']}, ours included"
+    )
     for step, results in made.items():
         for key, number in results.most_common():
             print(f"| {step} | {REFUSALS.get(key, key)} | {number} |")
