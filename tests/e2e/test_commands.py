@@ -1,4 +1,4 @@
-"""The commands as a user meets them: in the sidebar tab, the menus and the palette, on templates of ours and the host's."""
+"""The commands as a user meets them: in the sidebar tab, the menus and the palette, on our templates and the host's."""
 
 from __future__ import annotations
 
