@@ -170,6 +170,41 @@ const CASES = {
     refuses('noRun', () => speedUp(flow.root, 'balanced', create))
   },
 
+  'A bypassed merge passes its first model alone, so that the sampler shares it'() {
+    const flow = Flow.basic()
+    const merge = flow.add('ModelMergeSimple', { model1: [flow.loader], model2: [flow.add('UNETLoader')] })
+    const second = flow.sample([merge])
+    assert.equal(undone(flow.root, () => speedUp(flow.root, 'balanced', create)).nodes.length, 2)
+    merge.mode = 4
+    assert.equal(undone(flow.root, () => speedUp(flow.root, 'balanced', create)).nodes.length, 1)
+    assert.equal(from(second, 'model'), merge)
+  },
+
+  'Other packs\' wires that are none are passed, and each sampler behind them has its own Recipe'() {
+    const flow = Flow.basic()
+    const virtual = (type, slots) => {
+      const node = Object.assign(new Node(type, type), { isVirtualNode: true, ...slots })
+      flow.root.add(node)
+      return node
+    }
+    const slot = { name: 'MODEL', type: 'MODEL', link: null }
+    const setter = virtual('SetNode', { inputs: [{ ...slot }], outputs: [{ ...slot, links: [] }] })
+    flow.loader.connect(0, setter, 0)
+    const getter = () => {
+      const node = virtual('GetNode', { outputs: [{ ...slot, links: [] }] })
+      return Object.assign(node, { getInputLink: () => setter.getInputLink(0) })
+    }
+    const getters = [getter(), getter()]
+    flow.wire(getters[0], 0, flow.sampler, 'model')
+    const second = flow.sample([getters[1]])
+    const before = [flow.sampler, second].map((node) => from(node, 'model'))
+    const { nodes } = speedUp(flow.root, 'balanced', create)
+    assert.deepEqual([flow.sampler, second].map((node) => from(node, 'model')), nodes)
+    assert.deepEqual(nodes.map((node) => from(node, 'model')), getters)
+    remove(flow.root, create)
+    assert.deepEqual([flow.sampler, second].map((node) => from(node, 'model')), before)
+  },
+
   'A model that a muted node stops is none'() {
     const flow = Flow.basic({ model: (flow, loader) => [(flow.lora = flow.add('LoraLoaderModelOnly', { model: [loader] }))] })
     flow.lora.mode = 2

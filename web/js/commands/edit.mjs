@@ -42,7 +42,10 @@ export function speedUp(root, goal, create) {
   if (!served.length) throw new Refusal(...facts[0])
 
   const there = new Set(served.map((end) => walk.suggesting(end)).filter(Boolean))
-  const groups = grouped(served.filter((end) => !walk.suggesting(end)))
+  const groups = grouped(served.filter((end) => !walk.suggesting(end))).flatMap((ends) =>
+    // Other packs' wires that are none can't be cut for several at once.
+    wiresTo(walk, ends).every((wires) => wires.length) ? [ends] : ends.map((end) => [end])
+  )
   for (const node of there) facts.push(goOn(node, goal))
   const nodes = groups.map((ends) => insert(walk, ends, goal, create))
   nodes.forEach((node, index) => {
@@ -85,10 +88,21 @@ function grouped(ends) {
   return groups.map(({ ends }) => ends)
 }
 
+/** Where the model passes last on its way to all of these. @param {End[]} ends */
+function meeting(ends) {
+  return common(ends.map(({ chain }) => chain))[0]
+}
+
+/** The wires from there that lead to each of them. @param {Walk} walk @param {End[]} ends */
+function wiresTo(walk, ends) {
+  const point = meeting(ends)
+  return ends.map((end) => walk.wires(point).filter((link) => leadsTo(walk, point.graph, link, end)))
+}
+
 /** Puts a Recipe where the model passes last on its way to all of these. @param {Walk} walk @param {End[]} ends */
 function insert(walk, ends, goal, create) {
-  const [point] = common(ends.map(({ chain }) => chain))
-  const wires = walk.wires(point).filter((link) => ends.some((end) => leadsTo(walk, point.graph, link, end)))
+  const point = meeting(ends)
+  const wires = [...new Set(wiresTo(walk, ends).flat())]
   const recipe = addTo(point.graph, create(RECIPE))
   setWidget(recipe, 'goal', goal)
   const after = wires.every(({ parentId }) => parentId === wires[0].parentId) ? wires[0].parentId : undefined
