@@ -40,7 +40,7 @@ STEPS, CFG = 6, 3.0
 CALL = {"steps": STEPS, "scheduler": "simple", "cfg": CFG}
 """The fewest steps of which Forecast may skip one."""
 
-REFUSED_BY_ALL = {"SlipstreamDeepCache", "SlipstreamFreeU", "SlipstreamCompileModel"}
+REFUSED_BY_ALL = {"SlipstreamDeepCache", "SlipstreamFreeU"}
 """Nodes that are for Stable Diffusion's UNets alone."""
 
 ROUNDING, BF16, EIGHT_BITS, SKIPPED, SAME = 1e-5, 0.02, 0.03, 0.5, 0.0
