@@ -67,8 +67,8 @@ function noSampler(walk) {
 
 /** @param {Node} node Recipe or CPU @param {string} goal @returns {Fact} */
 function goOn(node, goal) {
-  node.mode = 0
   if (node.type !== RECIPE) return ['suggests', nameOf(node)]
+  node.mode = 0
   setWidget(node, 'goal', goal)
   return ['goesOnWith', nameOf(node)]
 }
