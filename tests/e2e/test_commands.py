@@ -282,6 +282,7 @@ def test_a_click_goes_into_a_subgraph(page):
     assert not page.problems()
 
 
+@classic_only
 def test_the_benchmark_runs_as_it_was_put(page, workflow):
     page.load(workflow.data, "measured")
     assert " measures " in command(page, "Benchmark")
@@ -289,6 +290,49 @@ def test_the_benchmark_runs_as_it_was_put(page, workflow):
     page.set_widget(node, "runs", 1)
     assert page.run().status == "success"
     assert page.verdicts(node)[0].state == "active"
+    assert not page.problems()
+
+
+@classic_only
+def test_what_stands_after_our_nodes_is_copied_for_the_model_without_us(page, workflow):
+    shifted = workflow.add("ModelSamplingDiscrete", {"model": "MODEL"}, ["MODEL"], ["v_prediction", False])
+    workflow.link(workflow.node("SlipstreamFreeU"), 0, shifted, "model")
+    workflow.link(shifted, 0, workflow.node("KSampler"), "model")
+    page.load(workflow.data, "copied")
+    before = graph(page)
+    assert command(page, "Benchmark").endswith("copied for the model without Slipstream.")
+    (node,) = found(page, "SlipstreamBenchmark")
+    _, copy = sorted(found(page, "ModelSamplingDiscrete"), key=int)
+    prompt = page.prompt()
+    loader = str(workflow.id("CheckpointLoaderSimple"))
+    assert prompt[node]["inputs"]["baseline"] == [copy, 0]
+    assert prompt[copy]["inputs"] == {"model": [loader, 0], "sampling": "v_prediction", "zsnr": False}
+    assert not page.page.evaluate(OVERLAPS, [node, copy])
+    page.set_widget(node, "runs", 1)
+    assert page.run().status == "success"
+    undo(page)
+    undo(page)  # the number of runs, and then the command
+    assert graph(page) == before
+    assert not page.problems()
+
+
+@classic_only
+def test_what_is_left_of_subgraphs(page, workflow):
+    """One of our nodes alone goes; one with other nodes goes on passing the model."""
+    ours = [workflow.id(kind) for kind in ("SlipstreamDeepCache", "SlipstreamCFGCutoff", "SlipstreamFreeU")]
+    page.load(workflow.data, "plain")
+    command(page, "Remove")
+    plain = page.prompt()
+    page.load(workflow.data, "shell")
+    page.to_subgraph(ours)
+    assert command(page, "Remove") == "Removed: 3 nodes."
+    assert page.prompt() == plain
+    page.load(workflow.data, "mixed")
+    outer = page.to_subgraph([ours[0], workflow.id("EmptyLatentImage")])
+    command(page, "Remove")
+    sampler = str(workflow.id("KSampler"))
+    assert page.prompt()[sampler]["inputs"]["model"] == plain[sampler]["inputs"]["model"]
+    assert page.prompt()[sampler]["inputs"]["latent_image"][0].startswith(f"{outer}:")
     assert not page.problems()
 
 

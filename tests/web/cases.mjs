@@ -119,6 +119,10 @@ const CASES = {
     const { root } = Flow.basic({ model: (flow, loader) => [flow.add('SlipstreamCPU', { model: [loader] })] })
     assert.deepEqual(speedUp(root, 'fastest', create).facts.map(([key]) => key), ['suggests'])
     assert.equal(ours(root).length, 1)
+    // Bypassed, it suggests nothing.
+    ours(root)[0].mode = 4
+    assert.deepEqual(speedUp(root, 'fastest', create).facts.map(([key]) => key), ['put'])
+    assert.equal(ofType(root, 'SlipstreamCPU')[0].mode, 4)
   },
 
   'A method of ours that is there stays, and a Recipe comes after it'() {

@@ -67,8 +67,8 @@ function noSampler(walk) {
 
 /** @param {Node} node Recipe or CPU @param {string} goal @returns {Fact} */
 function goOn(node, goal) {
-  node.mode = 0
   if (node.type !== RECIPE) return ['suggests', nameOf(node)]
+  node.mode = 0
   setWidget(node, 'goal', goal)
   return ['goesOnWith', nameOf(node)]
 }
@@ -258,7 +258,9 @@ function make(walk, plain, copies) {
   // Of one node that leads to the same model by two ways one copy is enough.
   const known = copies.find((copy) => String(copy.properties[COPY]) === String(original.id))
   if (known) return walk.point(original.graph, known, slot)
-  const copy = addTo(original.graph, original.clone())
+  const clone = original.clone()
+  clone.id = -1 // what the host takes for none: it would keep that of a clone, whatever it is
+  const copy = addTo(original.graph, clone)
   copy.properties[COPY] = original.id
   copies.push(copy)
   for (const index of original.inputs.keys()) {
