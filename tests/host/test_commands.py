@@ -113,6 +113,20 @@ def test_small_graphs(run):
     assert not failures, "\n\n".join(failures.values())
 
 
+def test_the_host_translates_the_commands_as_the_page_does():
+    """The menu by its English label, the settings by the command's id."""
+    words = (ROOT / "web" / "js" / "commands" / "words.mjs").read_text(encoding="utf-8")
+    names = ("speedUp", "benchmark", "toggle", "remove")
+    english, chinese = ([re.findall(rf"(?m)^    {name}: '(.+)'", words)[i] for name in names] for i in (0, 1))
+    main, commands = (
+        json.loads((ROOT / "locales" / "zh" / f"{file}.json").read_text(encoding="utf-8"))
+        for file in ("main", "commands")
+    )
+    assert main["menuLabels"] == dict(zip(english, chinese, strict=True))
+    ids = [f"Slipstream_{name[0].upper()}{name[1:]}" for name in names]
+    assert commands == {id_: {"label": label} for id_, label in zip(ids, chinese, strict=True)}
+
+
 def test_every_node_of_ours_is_of_one_kind(run):
     kinds = run("run.mjs", workflows={}, kinds=sorted(NODES))["kinds"]
     others = {name: kind for name, kind in kinds.items() if kind != "pass"}

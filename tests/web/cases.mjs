@@ -350,6 +350,8 @@ const CASES = {
     const names = ['seed', 'steps', 'cfg', 'sampler_name', 'scheduler', 'denoise']
     assert.deepEqual(names.map((name) => widget(node, name).value), [5, 9, 3, 'heun', 'karras', 0.5])
     assert.equal(from(node, 'candidate').type, 'SlipstreamRecipe')
+    flow.root.remove(node)
+    assert.equal(benchmark(flow.root, create, guider).facts[0][2], `${custom.title} ${custom.id}`)
   },
 
   'A sampler that goes on, or stops early, is not measured'() {

@@ -16,7 +16,7 @@
  * @typedef {{ point: Point } | { copy: Node, slot: number, inputs: Map<number, Plain> }} Plain A model without us: a
  *   point that has it, or the copy of a node that is to be made.
  */
-import { Refusal, callOf, decodingVae, runs } from './call.mjs'
+import { Refusal, callOf, decodingVae, runOf, runs } from './call.mjs'
 import { place, slotPlace } from './place.mjs'
 import {
   BENCHMARK, COPY, HOSTS_OWN, MODEL, RECIPE, Walk, common, isOn, isOurs, kindOf, nameOf, passedInput, switchNode
@@ -132,35 +132,37 @@ function leadsTo(walk, graph, link, end) {
  * Puts a Benchmark beside a sampler, wired from its own inputs and values: the model without us against as it is.
  * @param {Graph} root
  * @param {Create} create
- * @param {Node} [chosen] A sampler; else the first that can be measured.
+ * @param {Node} [chosen] A sampler, or its guider; else the first that can be measured.
  * @returns {Done}
  */
 export function benchmark(root, create, chosen) {
   return measure(root, create, chosen, BENCHMARK, (walk, call) => {
-    const baseline = plain(walk, walk.origin(call.taker, call.model), MODEL)
+    const origin = walk.origin(call.taker, call.model)
+    const on = [...walk.ancestors(origin, MODEL)].filter(({ node }) => node && isOurs(node) && isOn(node))
+    if (!on.length) throw new Refusal('nothingOn', nameOf(call.sampler))
+    const baseline = plain(walk, origin, MODEL)
     return { baseline, candidate: { node: call.taker, index: call.model }, ...vaes(walk, call.sampler) }
   })
 }
 
 /**
+ * Puts a node that measures beside a sampler, wired from its own inputs and values, as far as it has inputs for them.
  * @param {Graph} root
  * @param {Create} create
  * @param {Node | undefined} chosen
  * @param {string} type
- * @param {(walk: Walk, call: import('./call.mjs').Call) => Record<string, Given | Plain>} models
+ * @param {(walk: Walk, call: import('./call.mjs').Call) => Record<string, Given | Plain>} models What it gets besides.
  * @returns {Done}
  */
 function measure(root, create, chosen, type, models) {
   const walk = new Walk(root)
-  const samplers = chosen ? [chosen] : runs(walk)
+  const samplers = chosen ? [runOf(walk, chosen)] : runs(walk)
   if (!samplers.length) throw noSampler(walk)
   const [sampler, inputs] = firstThatCan(samplers, (sampler) => {
     if (measured(walk, sampler, type)) throw new Refusal('measured', nameOf(sampler))
     const call = callOf(walk, sampler)
     const origin = walk.origin(call.taker, call.model)
     if (!origin || !walk.isMade(origin)) throw new Refusal('noModel', nameOf(call.taker))
-    if (![...walk.ancestors(origin, MODEL)].some(({ node }) => node && isOurs(node) && isOn(node)))
-      throw new Refusal('nothingOn', nameOf(sampler))
     return [sampler, { ...models(walk, call), ...call.inputs }]
   })
 
@@ -169,6 +171,7 @@ function measure(root, create, chosen, type, models) {
   const copies = []
   for (const [name, given] of Object.entries(inputs)) {
     const target = inputNamed(node, name)
+    if (target < 0) continue
     if ('index' in given || 'value' in given) {
       if (!give(walk, given, node, name)) facts.push(['notWired', name])
     } else wire(make(walk, given, copies), node, target)
