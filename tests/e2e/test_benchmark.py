@@ -183,6 +183,7 @@ def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(p
     assert not page.problems()
 
 
+@pytest.mark.long
 def test_in_the_light_theme(open_page, workflow):
     workflow.set(NODE, ABLATION, "off")
     page = open_page("vue", theme="light")

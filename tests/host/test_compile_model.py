@@ -169,15 +169,11 @@ PATCHES = {
 }
 
 
-ALIKE = ("LoRA's strength", "core FreeU", "FreeU", "self-attention replaced", "input block patched")
-"""Those of which another one is of the same kind."""
-
-
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
         *((name, "blocks") for name in PATCHES),
-        *((long if name in ALIKE else pytest.param)(name, "model") for name in PATCHES),
+        *((pytest.param if name == "LoRA" else long)(name, "model") for name in PATCHES),
     ],
 )
 def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, model, tallies):
@@ -210,12 +206,15 @@ INPUTS = {
 }
 
 
+SHORT = ("resolution", "images", "prompt length")
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
-        *((name, "blocks") for name in INPUTS),
+        *((pytest.param if name in SHORT else long)(name, "blocks") for name in INPUTS),
         # A whole UNet takes as long as all blocks to trace, for each.
-        *((pytest.param if name in ("resolution", "unguided") else long)(name, "model") for name in INPUTS),
+        *((pytest.param if name == "resolution" else long)(name, "model") for name in INPUTS),
     ],
 )
 def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, tiniest, fresh, tallies):
@@ -242,8 +241,9 @@ def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic,
     assert made == {"auto": [True, True, False], "on": [True, False, False], "off": [True, True, True]}[dynamic]
 
 
-@every_scope
-@pytest.mark.parametrize("control", ["with", "both"])
+@pytest.mark.parametrize(
+    ("control", "scope"), [("with", "blocks"), ("both", "model"), long("with", "model"), long("both", "blocks")]
+)
 def test_controlnet_is_followed_and_can_come_and_go(control, scope, model):
     net = controlnet(model)
     compiled = compile_model(model, backend=BACKEND, scope=scope)
@@ -309,6 +309,7 @@ def core_compiled(patcher):
     return clone
 
 
+@pytest.mark.long
 def test_core_s_node_uses_a_stale_graph_where_ours_does_not(tiniest):
     """It drops every guard on the transformer options: an attention patch put on later is silently not run."""
     core, ours = core_compiled(tiniest), compile_model(tiniest, scope="model")
