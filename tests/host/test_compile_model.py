@@ -431,6 +431,7 @@ def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(model,
     assert torch.equal(sample(compiled), before)
 
 
+@pytest.mark.long
 def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(tiniest, fresh, monkeypatch, tallies):
     monkeypatch.setattr(hosted.compiling("functions"), "VARIANTS", 2)
     compiled = compile_model(tiniest, dynamic="off")

@@ -513,7 +513,8 @@ def test_openvino_and_a_backend_that_takes_modules(fresh, tallies):  # noqa: F81
     assert not tallies[-1].is_active
 
 
-@pytest.mark.parametrize("name", ["Wan 2.1", *map(long, ("Flux", "Qwen-Image", "SD3", "Z-Image"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["Wan 2.1", "Flux", "Qwen-Image", "SD3", "Z-Image"])
 def test_inductor_for_the_first_size(name, fresh, tallies):  # noqa: F811
     model = deep(name)
     error = relative_error(picture(name, compile_model(model, backend="inductor")), picture(name, model))
