@@ -206,7 +206,7 @@ INPUTS = {
 }
 
 
-SHORT = ("resolution", "images", "prompt length")
+SHORT = ("resolution", "prompt length")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,8 @@ def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, 
     assert not tallies[3].new_graphs
 
 
-@pytest.mark.parametrize("dynamic", ["auto", long("on"), long("off")])
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", ["auto", "on", "off"])
 def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic, tiniest, fresh, tallies):
     compiled = compile_model(tiniest, backend=BACKEND, dynamic=dynamic)
     for size in (16, 24, 32):
@@ -391,6 +392,7 @@ def test_take_the_node_out_and_the_eager_bits_are_back(model):
     assert not any("forward" in module.__dict__ for module in unet.modules())
 
 
+@pytest.mark.long
 def test_two_differently_compiled_models_in_one_workflow(model):
     other = hosted.model("minimal", seed=8)
     expected = [sample(model), sample(other)]
