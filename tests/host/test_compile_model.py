@@ -121,11 +121,11 @@ def attention_overridden(factor):
     return change
 
 
-def wrapped(factor):
+def wrapped(factor, kind=WrappersMP.DIFFUSION_MODEL):
     def change(patcher):
         clone = patcher.clone()
         wrapper = lambda executor, *args, **kwargs: executor(*args, **kwargs) * factor  # noqa: E731
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+        clone.add_wrapper_with_key(kind, "test", wrapper)
         return clone
 
     return change
