@@ -22,5 +22,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
     ("report", "SlipstreamReport"),
+    ("save_plan", "SlipstreamSavePlan"),
+    ("load_plan", "SlipstreamLoadPlan"),
 )
 """(file, class) of every node, in the order of the menu."""
