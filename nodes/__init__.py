@@ -21,6 +21,7 @@ NODES: tuple[tuple[str, str], ...] = (
     ("refiner_handoff", "SlipstreamRefinerHandoff"),
     ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
+    ("tune", "SlipstreamTune"),
     ("report", "SlipstreamReport"),
     ("save_plan", "SlipstreamSavePlan"),
     ("load_plan", "SlipstreamLoadPlan"),

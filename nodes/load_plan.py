@@ -12,8 +12,8 @@ class SlipstreamLoadPlan(io.ComfyNode):
             display_name="Load Plan (Slipstream)",
             category="Slipstream/model",
             description=(
-                "Puts a saved plan on a model: the methods and settings that Save Plan wrote. What this machine or "
-                "this model can't do is left out and told. A method's own node, wherever it is wired, wins."
+                "Puts a saved plan on a model: the methods and settings that Save Plan or Tune wrote. What this "
+                "machine or this model can't do is left out and told. A method's own node, wherever it is wired, wins."
             ),
             search_aliases=["load plan", "preset", "import", "settings", "json"],
             inputs=[

@@ -170,6 +170,7 @@ class Search:
         floor: the least similarity that the worst picture may have, below 1.
         steps: of the sampler, which the rival has fewer of.
         left_s: seconds that are left; the search ends in time to check what it found.
+        may_run: whether anything may run; else the search says what its log has to say.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Search:
         floor: float,
         steps: int = 0,
         left_s: Callable[[], float] = lambda: math.inf,
+        may_run: bool = True,
     ):
         self.dials = list(dials)
         self.pictures = list(pictures)
@@ -191,6 +193,7 @@ class Search:
         self._measure = measure
         self._most = 1 - floor
         self._steps = steps
+        self.may_run = may_run
         self._left_s = left_s
         self._is_over = False
         self._base = Candidate()
@@ -202,13 +205,18 @@ class Search:
     def run(self) -> Found:
         """All of it."""
         best: Candidate | None = None
-        self._recall()
+        self.recall()
         while len(self.found.checks) < CHECKS:
             best = self._searched()
-            if best is None or self._is_checked(best):
-                break
-            self._refuse(best)
+            try:
+                if best is None or self._is_checked(best):
+                    break
+                self._refuse(best)
+            except _TimeIsUpError:
+                self._is_over = True
             best = None
+            if not self.may_run:
+                break
             if self._left_s() <= 0:
                 self._is_over = True
                 break
@@ -222,7 +230,7 @@ class Search:
         self._refused.add(one)
         self._known.clear()
 
-    def _recall(self) -> None:
+    def recall(self) -> None:
         """Take the checks that failed in earlier sessions for what they are."""
         for number in range(CHECKS):
             pictures = self._fresh(number)
@@ -301,6 +309,8 @@ class Search:
         """
         tasks = [Task(one.key, picture, one) for one, picture in asked if not self.log.has(one.key, picture)]
         while tasks:
+            if not self.may_run:
+                raise _TimeIsUpError
             exact_s = self.log.exact_s()
             if not is_reserved and exact_s is not None:
                 # The check of what was found: each picture with the exact model's, and one more.

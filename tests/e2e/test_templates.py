@@ -16,14 +16,14 @@ from workflows import TEMPLATES
 LINES = {"SlipstreamDemoModel": 3, "SlipstreamCPU": 3}
 """Verdicts of a node that has several: what it is, and what it understood of two prompts; or one for each method."""
 
-LISTS = {"SlipstreamRecipe", "SlipstreamLoadPlan"}
+LISTS = {"SlipstreamRecipe", "SlipstreamLoadPlan", "SlipstreamTune"}
 """Nodes that say what they chose, and what each of those did."""
 
 INERT = {"SlipstreamFP16FixVAE", "SlipstreamSequentialOffload", "SlipstreamStageOffload"}
 """Nodes that find nothing to gain on a CPU, and say so."""
 
-AS_THE_PROCESSOR = {"SlipstreamCPU", "SlipstreamPrecision"}
-"""Nodes that do something if this processor has instructions for it, or is slow at something."""
+AS_THE_PROCESSOR = {"SlipstreamCPU", "SlipstreamPrecision", "SlipstreamTune"}
+"""Nodes that do something if this processor has instructions for it, or is slow at something, or has the time."""
 
 SMALL = {"EmptyLatentImage": {"width": 128, "height": 128}}
 SMALLER = {
@@ -38,6 +38,7 @@ SMALLER = {
         "SlipstreamVAEDecodeTiled": {"tile_size": 512},
     },
     "9 - Benchmark - what each optimization gives": {"SlipstreamBenchmark": {"runs": 1}},
+    "9 - Tune - the fastest plan above a floor": {"SlipstreamTune": {"steps": 6, "seeds": 1, "minutes": 0.1}},
 }
 """What is set lower than in the template, in all and in some: a CPU takes minutes, and some stand-ins are small."""
 
