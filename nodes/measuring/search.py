@@ -123,7 +123,7 @@ class Check:
         pictures: their keys.
         worst: the least similarity of them; None where one did not come to be.
         speed: with an interval from all of the plan's steady times, those of the search included.
-        holds: whether the worst one is above the floor and the plan faster than the model as it is.
+        holds: whether the worst one is above the floor and the plan measurably faster than the model as it is.
         problem: why there is a picture missing.
     """
 
@@ -403,7 +403,7 @@ class Search:
     def next_similarity(self, one: Candidate) -> float | None:
         """What one more picture's similarity stays above in 95 of 100 cases; None for fewer than two pictures."""
         most = next_error(list(self._errors(one).values()))
-        return None if most is None else 1 - most
+        return None if most is None else max(-1.0, 1 - most)
 
     def _hoped(self, one: Candidate) -> float:
         return self.ratio(one) * (1.0 if self.log.of(one.key) else HOPE)
@@ -580,7 +580,8 @@ class Search:
             spread, value = paired([-log for log in every]), math.exp(-median(own))
             by = value / spread.value
             speed = Ratio(value, spread.low and spread.low * by, spread.high and spread.high * by)
-        holds = worst is not None and worst >= 1 - self._most and speed is not None and speed.value > 1
+        is_faster = speed is not None and speed.low is not None and speed.low > 1
+        holds = worst is not None and worst >= 1 - self._most and is_faster
         return Check(one, tuple(pictures), worst, speed, holds, problem)
 
     def _rival(self, best: Candidate) -> None:

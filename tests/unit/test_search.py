@@ -323,6 +323,15 @@ def test_where_nothing_is_faster_above_the_floor_there_is_no_plan(dials):
     assert found.is_complete
 
 
+def test_what_is_not_measurably_faster_is_not_taken():
+    """On a machine whose times differ by more than what there is to gain."""
+    machine = Machine(noise=0.5)
+    search = machine.search(dials=DIALS[:1])
+    found = search.run()
+    assert found.best is None
+    assert all(check.speed.low <= 1 and not check.holds for check in found.checks)
+
+
 def test_fewer_steps_are_tried_against_the_plan_at_its_speed():
     machine = Machine(noise=0.0)
     search = machine.search()
