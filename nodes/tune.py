@@ -104,7 +104,7 @@ class SlipstreamTune(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "The name of a plan that was tried, as the report has it, to be used in the place of the best "
-                        "one. Nothing is measured then. Empty: the best one."
+                        "one; a click in the chart writes it. Nothing is measured then. Empty: the best one."
                     ),
                 ),
             ],
