@@ -50,6 +50,33 @@ def full_size(family: str, dtype: Any) -> Any:
     return random_model(architecture(family), dtype)
 
 
+def flux(is_tiny: bool, depth: int = 2, depth_single_blocks: int = 4) -> Any:
+    """The host's configuration of Flux's layout at its full width, but for some blocks only: 340 M weights each, or
+    140 M where image and prompt are one stream."""
+    import comfy.supported_models as families
+
+    width = {"hidden_size": 128, "num_heads": 4, "axes_dim": [8, 12, 12], "context_in_dim": 64, "vec_in_dim": 64}
+    if not is_tiny:
+        width = {
+            "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56], "context_in_dim": 4096, "vec_in_dim": 768,
+        }  # fmt: skip
+    return families.Flux({
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": depth,
+        "depth_single_blocks": depth_single_blocks, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True,
+        "guidance_embed": True, "txt_ids_dims": [], **width,
+    })  # fmt: skip
+
+
+def flux_prompt(model: Any, tokens: int) -> list[Any]:
+    """A random prompt for a model of Flux's layout."""
+    import torch
+
+    config, generator = model.model.model_config.unet_config, torch.Generator().manual_seed(1)
+    context = torch.randn(1, tokens, config["context_in_dim"], generator=generator)
+    pooled = torch.randn(1, config["vec_in_dim"], generator=generator)
+    return [[context, {"pooled_output": pooled, "guidance": 3.5}]]
+
+
 def random_model(config: Any, dtype: Any) -> Any:
     """A model of one of the host's configurations with random weights, made where it runs."""
     import comfy.model_management

@@ -37,9 +37,9 @@ class Part:
 
 PARTS = (
     Part("holds", "Does it hold", 55),
-    Part("sdxl", "What it gives: SDXL", 95),
+    Part("sdxl", "What it gives: SDXL", 72),
     Part("vae", "What it gives: the VAE", 25),
-    Part("transformer", "What it gives: a transformer", 24),
+    Part("transformer", "What it gives: a transformer", 47),
     Part("offload", "Sequential Offload", 18),
     Part("sync", "What reading the noise level costs", 8),
 )
@@ -518,10 +518,10 @@ def sdxl(bench: Any) -> None:
             Variant("Attention and channels-last", sampling(*exact), 5),
             Variant("Forecast", sampling(("Forecast", {})), 4),
             Variant("DeepCache and CFG Cutoff", sampling(*fewer), 3),
+            Variant("CFG Cutoff, guidance reused", sampling(("CFGCutoff", {"cutoff": 1.0, "reuse_every": 3})), 4),
             Variant("core EasyCache", sampling(on=_easycache), 4),
             Variant("Compile Model, Attention, channels-last", sampling(*exact, compiled), 30),
             Variant("all, with fp8", sampling(*everything), 25),
-            Variant("Compile Model and int8 dynamic", sampling(compiled, quantized("int8 dynamic")), 25),
             Variant("core TorchCompileModel", sampling(on=lambda patcher: _core_compiled(patcher, bench)), 45),
         ],
         1 if bench.is_tiny else 3,
@@ -612,40 +612,19 @@ def vae(bench: Any) -> None:
             )
 
 
-def flux(bench: Any) -> Any:
-    """A few blocks of Flux's layout at full width, in bfloat16."""
-    import comfy.supported_models as families
+def transformer(bench: Any) -> None:
+    """A few of Flux's blocks at full width in bfloat16, 12 steps: eager, with fewer evaluations, quantized weights,
+    attention in eight bits, and compiled."""
+    import hosted
     import small_models
     import torch
-    from compile import random_model
+    from compile import flux, flux_prompt, random_model
 
-    width = {"hidden_size": 128, "num_heads": 4, "axes_dim": [8, 12, 12], "context_in_dim": 64, "vec_in_dim": 64}
-    if not bench.is_tiny:
-        width = {
-            "hidden_size": 3072, "num_heads": 24, "axes_dim": [16, 56, 56], "context_in_dim": 4096, "vec_in_dim": 768,
-        }  # fmt: skip
-    config = {
-        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2,
-        "depth_single_blocks": 4, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True, "guidance_embed": True,
-        "txt_ids_dims": [], **width,
-    }  # fmt: skip
-    if bench.is_tiny:
-        return small_models.build(families.Flux(config), 0, torch.bfloat16, device())
-    return random_model(families.Flux(config), torch.bfloat16)
-
-
-def transformer(bench: Any) -> None:
-    """Flux's layout, 12 steps: eager, with fewer evaluations, quantized weights, and attention in eight bits."""
-    import hosted
-    import torch
-
-    model = flux(bench)
-    config = model.model.model_config.unet_config
+    config = flux(bench.is_tiny)
+    in_small = bench.is_tiny and small_models.build(config, 0, torch.bfloat16, device())
+    model = in_small or random_model(config, torch.bfloat16)
+    prompt = flux_prompt(model, 64)
     size = 8 if bench.is_tiny else 128
-    generator = torch.Generator().manual_seed(1)
-    context = torch.randn(1, 64, config["context_in_dim"], generator=generator)
-    pooled = torch.randn(1, config["vec_in_dim"], generator=generator)
-    prompt = [[context, {"pooled_output": pooled, "guidance": 3.5}]]
     latent = torch.zeros(1, 16, size, size)
 
     def sampling(*nodes: tuple[str, Mapping[str, Any]]) -> Any:
@@ -656,9 +635,16 @@ def transformer(bench: Any) -> None:
         return make
 
     least = {"min_features": 0 if bench.is_tiny else 256}
+    compiled = ("CompileModel", {"backend": {"backend": "eager" if bench.is_tiny else "inductor"}})
+    found = schemes(bench)
     variants = [Variant("stock", sampling(), 3), Variant("Attention", sampling(("Attention", {"backend": "auto"})), 3)]
     variants.append(Variant("Forecast", sampling(("Forecast", {})), 3))
-    for scheme in schemes(bench):
+    variants.append(Variant("Compile Model", sampling(compiled), 15))
+    for scheme in [scheme for scheme in found if scheme.endswith(" dynamic")]:
+        variants.append(
+            Variant(f"Compile Model and {scheme}", sampling(compiled, ("Quantize", {"scheme": scheme, **least})), 15)
+        )
+    for scheme in found:
         variants.append(Variant(scheme, sampling(("Quantize", {"scheme": scheme, **least})), 4))
     for backend in eight_bit_attentions(bench):
         variants.append(Variant(f"Attention {backend}", sampling(("Attention", {"backend": backend})), 4))

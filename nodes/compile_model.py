@@ -12,8 +12,8 @@ class SlipstreamCompileModel(io.ComfyNode):
             display_name="Compile Model (Slipstream)",
             description=(
                 "Compiles the diffusion model: the same image, faster, after a longer first run. Follows LoRA, other "
-                "sizes and prompts, and works with DeepCache, CFG Cutoff, FreeU, ControlNet and IPAdapter. For SD 1.x, "
-                "SD 2.x, SDXL, SSD-1B and refiner models."
+                "sizes and prompts, and works with Forecast, DeepCache, CFG Cutoff, FreeU, Quantize, ControlNet and "
+                "IPAdapter. For any model: UNets and transformers such as Flux, Qwen-Image, Z-Image, Wan and SD 3.5."
             ),
             aliases=["torch compile", "inductor", "tensorrt", "openvino", "onediff", "stable-fast", "xla", "faster"],
             options=[backend_options(has_scope=True)],

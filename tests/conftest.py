@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from loading import ROOT, find_chromium, find_comfyui, load_host, load_pack
+from loading import ROOT, find_chromium, find_comfyui, find_node, load_host, load_pack
 
 COMFYUI = find_comfyui()
 MISSING = {
@@ -86,3 +86,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for suite, reason in MISSING.items():
         if reason:
             terminalreporter.write_line(f"SKIPPED the {suite} suite: {reason}.")
+    if COMFYUI and not find_node():
+        terminalreporter.write_line("SKIPPED the commands on graphs: no node was found (playwright has one).")

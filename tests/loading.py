@@ -25,6 +25,17 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def find_node() -> str | None:
+    """Playwright's own node, which runs the page's modules without a browser; or one on the path."""
+    spec = importlib.util.find_spec("playwright")
+    if spec is not None and spec.origin is not None:
+        driver = Path(spec.origin).parent / "driver"
+        for own in (driver / "node", driver / "node.exe"):
+            if own.is_file():
+                return str(own)
+    return shutil.which("node")
+
+
 def packed_files(pack: Path = ROOT) -> list[str]:
     """The paths, in the pack, of the files that `comfy node pack` takes of it and users get."""
     from pathspec import PathSpec

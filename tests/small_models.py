@@ -274,6 +274,28 @@ FAMILIES: dict[str, Transformer] = {
         latent=(16, 16, 16),
         values={"pooled_output": (32,), "guidance": 4.0},
     ),
+    "Flux 2": Transformer(
+        families.Flux2,
+        {
+            **FLUX_LIKE,
+            "image_model": "flux2",
+            "in_channels": 128,
+            "out_channels": 128,
+            "patch_size": 1,
+            "axes_dim": [8, 8, 8, 8],
+            "theta": 2000,
+            "txt_ids_dims": [3],
+            "vec_in_dim": None,
+            "qkv_bias": False,
+            "ops_bias": False,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "guidance_embed": True,
+        },
+        width=64,
+        latent=(128, 8, 8),
+        values={"guidance": 4.0},
+    ),
     "HiDream": Transformer(
         families.HiDream,
         {
@@ -582,3 +604,172 @@ def vae() -> comfy.sd.VAE:
     taesd = TAESD()
     initialize(taesd, 1)
     return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _image_vae(channels: int, **config: Any) -> comfy.sd.VAE:
+    """A KL autoencoder of images with so many latent channels.
+
+    Args:
+        config: what of `KL` is to be otherwise beside that.
+    """
+    params = {"ddconfig": {**KL, "z_channels": channels, **config}, "embed_dim": channels}
+    autoencoder = AutoencoderKL(**params)
+    initialize(autoencoder, 1)
+    made = comfy.sd.VAE(sd=autoencoder.state_dict(), config={"params": params})
+    made.latent_channels = channels
+    return made
+
+
+def _packed_vae() -> comfy.sd.VAE:
+    """Flux 2's, whose latents are 2x2 pixels of 32 channels each."""
+    made = _image_vae(32, batch_norm_latent=True)
+    made.latent_channels, made.downscale_ratio, made.upscale_ratio = 128, 16, 16
+    return made
+
+
+def _video_vae(
+    module: torch.nn.Module,
+    channels: int,
+    time: int,
+    space: int = 8,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> comfy.sd.VAE:
+    """The host's VAE around a module for video, which it would build in its full size from a file.
+
+    Args:
+        channels: of its latents.
+        time: frames to a latent one.
+        space: pixels to a latent one, each way.
+        dtypes: beside fp32, what the host computes it in.
+    """
+    initialize(module, 1)
+    for name, values in module.named_buffers():
+        # What LTXV's file would bring of its latents.
+        if "per_channel_statistics" in name:
+            values.fill_(1.0 if "std" in name else 0.0)
+    made = kl_vae()
+    made.first_stage_model = module.eval()
+    made.patcher = ModelPatcher(module, load_device=CPU, offload_device=CPU)
+    made.latent_channels, made.latent_dim = channels, 3
+    made.working_dtypes = [*dtypes, torch.float32]
+    made.upscale_ratio = (lambda frames: max(0, (frames - 1) * time + 1), space, space)
+    made.downscale_ratio = (lambda frames: max(0, (frames + time - 1) // time), space, space)
+    made.upscale_index_formula = made.downscale_index_formula = (time, space, space)
+    made.memory_used_decode = made.memory_used_encode = lambda shape, dtype: 2**20
+    return made
+
+
+def _wan_vae() -> comfy.sd.VAE:
+    from comfy.ldm.wan.vae import WanVAE
+
+    config = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": []}
+    return _video_vae(WanVAE(**config, temperal_downsample=[False, True, True], dropout=0.0), 16, 4, dtypes=HALVES)
+
+
+def _hunyuan_vae() -> comfy.sd.VAE:
+    config = {**KL, "z_channels": 16, "conv3d": True, "time_compress": 4}
+    return _video_vae(AutoencoderKL(ddconfig=config, embed_dim=16), 16, 4, dtypes=HALVES)
+
+
+def _ltxv_vae() -> comfy.sd.VAE:
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+
+    one, down, up = ["res_x", {"num_layers": 1}], {"multiplier": 2}, {"residual": True, "multiplier": 2}
+    config = {
+        "dims": 3,
+        "latent_channels": 128,
+        "encoder_blocks": [
+            *(one, ["compress_space_res", down]),
+            *(one, ["compress_time_res", down]),
+            *(one, ["compress_all_res", down]),
+            *(one, ["compress_all_res", down]),
+            one,
+        ],
+        "decoder_blocks": [one, *[block for _ in range(3) for block in (["compress_all", up], one)]],
+        "norm_layer": "pixel_norm",
+        "patch_size": 4,
+        "latent_log_var": "uniform",
+        "encoder_base_channels": 16,
+        "decoder_base_channels": 16,
+    }
+    return _video_vae(VideoVAE(config=config), 128, 8, 32)
+
+
+def _cosmos_vae() -> comfy.sd.VAE:
+    from comfy.ldm.cosmos.vae import CausalContinuousVideoTokenizer
+
+    config = {"z_channels": 16, "latent_channels": 16, "z_factor": 1, "resolution": 64, "in_channels": 3}
+    config |= {"out_channels": 3, "channels": 16, "channels_mult": [2, 4, 4], "num_res_blocks": 1, "patch_size": 4}
+    config |= {"attn_resolutions": [], "dropout": 0.0, "num_groups": 1, "temporal_compression": 8}
+    return _video_vae(CausalContinuousVideoTokenizer(**config, spacial_compression=8), 16, 8)
+
+
+def _mochi_vae() -> comfy.sd.VAE:
+    from comfy.ldm.genmo.vae.model import Decoder, Encoder, VideoVAE
+
+    def small(part: type, **values: Any) -> torch.nn.Module:
+        return part(
+            base_channels=32,
+            channel_multipliers=[1, 2, 3, 4],
+            num_res_blocks=[1, 1, 1, 1, 1],
+            latent_dim=12,
+            padding_mode="replicate",
+            **values,
+        )
+
+    module = VideoVAE.__new__(VideoVAE)
+    torch.nn.Module.__init__(module)
+    module.encoder = small(
+        Encoder,
+        in_channels=15,
+        temporal_reductions=[1, 2, 3],
+        spatial_reductions=[2, 2, 2],
+        prune_bottlenecks=[False] * 5,
+        has_attentions=[False, True, True, True, True],
+        affine=True,
+        bias=True,
+        input_is_conv_1x1=True,
+    )
+    module.decoder = small(
+        Decoder,
+        out_channels=3,
+        temporal_expansions=[1, 2, 3],
+        spatial_expansions=[2, 2, 2],
+        has_attention=[False] * 5,
+        output_norm=False,
+        nonlinearity="silu",
+        output_nonlinearity="silu",
+        causal=True,
+    )
+    return _video_vae(module, 12, 6, dtypes=(torch.float16,))
+
+
+VAES = {
+    "SDXL": lambda: _image_vae(4),
+    "SD3": lambda: _image_vae(16),
+    "Flux": lambda: _image_vae(16),
+    "Flux2": _packed_vae,
+    "Wan21": _wan_vae,
+    "HunyuanVideo": _hunyuan_vae,
+    "LTXV": _ltxv_vae,
+    "Cosmos1CV8x8x8": _cosmos_vae,
+    "Mochi": _mochi_vae,
+}
+"""Small VAEs with random weights, by the latent formats of `FAMILIES` that they are for."""
+
+
+def vae_files() -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of small VAEs, by their files' names, as the host's Load VAE takes them. An image's has no encoder: the
+    host would want it in its full size."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    config = {**KL, "z_channels": 16, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    image = AutoencoderKL(ddconfig=config, embed_dim=16)
+    video = WanVAE(dim=16, z_dim=16, num_res_blocks=2, temperal_downsample=[False, True, True], dropout=0.0)
+    for module in (image, video):
+        initialize(module, 1)
+    decoder = {name: value for name, value in image.state_dict().items() if name.startswith("decoder.")}
+    return {"ae": decoder, **{name: video.state_dict() for name in ("qwen_image_vae", "wan_2.1_vae")}}

@@ -164,6 +164,14 @@ class Compiler:
         """What calls of this shape took without graphs."""
         self._timed, self._eager_s = shape, seconds
 
+    def is_timing(self, shape: Mapping[str, Any]) -> bool:
+        """Whether calls of this shape were timed without graphs, and few so far with them."""
+        return shape == self._timed and len(self._steady_s) < 2 * STEADY_CALLS
+
+    def steady(self, seconds: float) -> None:
+        """What such a call took with its graph, made before."""
+        self._steady_s.append(seconds)
+
     def call(self, shape: Mapping[str, Any], run: Callable[[], Any], wait: Callable[[], None] | None) -> Any:
         """Run something that calls compiled functions.
 
@@ -189,15 +197,17 @@ class Compiler:
         except Exception as error:
             if self._is_of_compiling(error, is_new):
                 self._forget()
+                could_be_blocks = self.settings.has_blocks and self.settings.scope == "model"
+                instead = "Set scope to blocks, choose" if could_be_blocks else "Choose"
                 raise RuntimeError(
                     f"{self.settings.title}: {self.backend.name} could not compile this model "
-                    f"({first_line(getattr(error, 'inner_exception', error))}). Choose another backend, or take the "
+                    f"({first_line(getattr(error, 'inner_exception', error))}). {instead} another backend, or take the "
                     "node out."
                 ) from error
             raise
         self.tally.calls += 1
         if self.graphs > graphs:
-            self._record(shape, self.graphs - graphs, before, began)
+            self._record(shape, is_new, self.graphs - graphs, before, began)
         elif wait is not None and is_timed:
             wait()
             self._steady_s.append(time.perf_counter() - began)
@@ -208,7 +218,9 @@ class Compiler:
         self._tell_state()
         return output
 
-    def _record(self, shape: Mapping[str, Any], made: int, before: tuple[int, Mapping[str, int]], began: float) -> None:
+    def _record(
+        self, shape: Mapping[str, Any], is_new: bool, made: int, before: tuple[int, Mapping[str, int]], began: float
+    ) -> None:
         self.tally.compile_s += time.perf_counter() - began
         hits, breaks = _counts()
         self.tally.cached += hits - before[0]
@@ -218,8 +230,9 @@ class Compiler:
                 self.tally.breaks[reason.splitlines()[0].strip()] += new
         if self._last:
             last = self._last.get(shape.get("step")) or next(reversed(self._last.values()))
+            # A shape that graphs were made for before needs others for another reason.
             changed = [f"{name} {last[name]} to {value}" for name, value in shape.items()
-                       if last.get(name, value) != value]  # fmt: skip
+                       if is_new and last.get(name, value) != value]  # fmt: skip
             self.tally.recompiled[", ".join(changed) or _recompile_reason()] += made
 
     def _is_of_compiling(self, error: Exception, is_first: bool) -> bool:
@@ -228,7 +241,8 @@ class Compiler:
             return False
         # Backends that take modules trace them in the first call.
         is_traced = self.backend.takes_modules and is_first
-        return is_traced or isinstance(error, torch._dynamo.exc.TorchDynamoException)
+        is_dynamos = isinstance(error, AssertionError) and _raised_in(error).startswith("torch._dynamo.")
+        return is_traced or is_dynamos or isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
     @contextlib.contextmanager
     def _announcing(self) -> Iterator[None]:
@@ -250,6 +264,14 @@ class Compiler:
         finally:
             over.set()
             thread.join()
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised an error."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
 
 
 def ratio(without: list[float], steady: list[float]) -> float | None:

@@ -39,6 +39,8 @@ class Settings:
     onediff_backend: str = "nexfort"
 
     title: ClassVar[str]
+    has_blocks: ClassVar[bool] = True
+    """Whether what is compiled can be, block by block."""
 
     def __post_init__(self) -> None:
         choices = (("backend", ("auto", *BACKENDS)), ("mode", MODES), ("scope", SCOPES), ("dynamic", DYNAMIC))

@@ -28,6 +28,7 @@ class Tally:
         eager: why something ran without its graph, and how often.
         notes: what else to say, once.
         ratio: how many times as fast calls are as without graphs, if this run could tell.
+        timed: what it was told by, where that is no call: ``block``.
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Tally:
     eager: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
     ratio: float | None = None
+    timed: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -68,7 +70,7 @@ class Tally:
                 speed = f"{self.ratio:.2f}x as fast as without"
             else:
                 speed = f"slow, {1 / self.ratio:.2f} times as long as without"
-            parts.append(f"each {self.unit} {speed}")
+            parts.append(f"each {self.timed or self.unit} {speed}")
         parts += [f"{count(n, 'graph break')}: {why}" for why, n in self.breaks.items()]
         if self.outside:
             parts.append("left to torch: " + ", ".join(f"{n} x {name}" for name, n in self.outside.items()))

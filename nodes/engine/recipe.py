@@ -13,6 +13,7 @@ from ..measuring.memory import MIB
 from ..methods.method import has_bf16
 from ..methods.recipe import Given, choose
 from .host import machine
+from .model.quantized import sorted_out
 from .node import pass_through, suggest
 from .plan import models, registry
 
@@ -40,13 +41,11 @@ def given(patcher: Any) -> Given:
     """What a recipe for a model is chosen by. What other nodes put on it is no part of that: it may come later."""
     host, device = comfy.model_management, patcher.load_device
     side = SIDE // getattr(patcher.model.latent_format, "spacial_downscale_ratio", 8)  # since 0.28
-    linear = (module for module in patcher.model.modules() if isinstance(module, nn.Linear))
     return Given(
         model=models.describe(patcher, {}),
         device_mib=host.get_total_memory(device) / MIB,
         size_mib=host.module_size(patcher.model) / MIB,
-        # A scale for each row of at least 256.
-        int8_mib=1.02 * sum(layer.in_features * layer.out_features for layer in linear) / MIB,
+        int8_mib=_int8_mib(patcher.model.diffusion_model),
         # The inner model's own: a patcher's is another where DynamicVRAM loads it.
         activations_mib=patcher.model.memory_required([2, 1, side, side]) / MIB,
         has_bf16=has_bf16() if device.type == "cpu" else host.should_use_bf16(device),
@@ -55,3 +54,12 @@ def given(patcher: Any) -> Given:
         is_dynamic=machine.is_dynamic(patcher),
         is_reloadable=getattr(patcher, "cached_patcher_init", None) is not None,
     )
+
+
+def _int8_mib(module: nn.Module) -> float:
+    """What Quantize Model would make of a diffusion model's weights."""
+    paths = {part: path for path, part in module.named_modules()}
+    layers = sorted_out(paths, registry.kind("quantize")("int8 weight-only", min_features=0))
+    taken = sum(layer.in_features * layer.out_features for layer, _, why in layers if why is None)
+    # A scale for each row of at least 256.
+    return 1.02 * taken / MIB

@@ -331,7 +331,8 @@ class AttentionBackendRun(MethodRun):
         if not total:
             if self.before is not None:
                 return [f"another node chose attention before ({self.before}) and leaves nothing to this one"]
-            return ["this model asks for no attention that can be overridden"]
+            flag = "ComfyUI's flags, such as --use-pytorch-cross-attention, choose it for all models"
+            return [f"this model asks for no attention that can be overridden: {flag}"]
         name = "PyTorch's choice of kernel" if self.kernel is None else f"the {self.config.backend} kernel"
         parts = [f"{name} in {self.ran} of {total} attention calls"]
         parts += [f"the host's own ({host}) in {number}, {why}" for (host, why), number in self.host.items()]

@@ -1,4 +1,4 @@
-"""Compile Model: the UNet's Python, traced once and turned into fused code by one of several compilers.
+"""Compile Model: the diffusion model's Python, traced once and turned into fused code by one of several compilers.
 
 Source: torch.compile (PyTorch 2), and "Accelerate inference of text-to-image diffusion models"
 (diffusers' documentation) for what to set and for compiling the repeated blocks alone.
@@ -12,7 +12,7 @@ import torch
 
 from ..compiling import backends
 from ..compiling.settings import Settings
-from .method import Compilation, Configuration, MethodRun, Model, Run, State, check_unet
+from .method import Compilation, Configuration, MethodRun, Model, Run, State
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class CompileModel(Settings, Configuration):
         return None
 
     def check(self, model: Model) -> None:
-        check_unet(self.title, model, "Use ComfyUI's TorchCompileModel node for it.")
         if model.compiler:
             raise RuntimeError(
                 f"{self.title}: {model.compiler} compiles this model already. Remove or bypass one of them."

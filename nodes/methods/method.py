@@ -8,6 +8,7 @@ callables are handed in.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -95,12 +96,36 @@ class Steps:
                 return i
         return min(current, last)
 
+    def following(self, step: int) -> float:
+        """The noise level that a step goes to; 0 past the last."""
+        return self.sigmas[step + 1] if step < len(self) else 0.0
+
+    def weight(self, step: int, sigma: float) -> float:
+        """By how much a step from `sigma` moves x / sigma for each unit of its prediction, whatever the solver; 0 at
+        the end."""
+        following = self.following(step)
+        return 1 / following - 1 / sigma if 0 < following < sigma else 0.0
+
     @cached_property
     def _rising(self) -> list[float] | None:
         """Where each step begins, negated for bisection; None if the sigmas go up somewhere."""
         if any(a < b for a, b in pairwise(self.sigmas)):
             return None
         return [-sigma * (1 + self.TOLERANCE) for sigma in self.sigmas[:-1]]
+
+
+SAME_LEVEL = 1e-3
+"""Up to which gap in log sigma two evaluations are at one noise level."""
+
+
+def level_gap(sigma: float, other: float) -> float:
+    """How far two noise levels are apart, in log sigma."""
+    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
+
+
+def step_share(sigma: float, following: float) -> float:
+    """By what share a step from one noise level to another makes the latent the prediction."""
+    return max(0.0, 1 - following / sigma) if sigma > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,10 @@ class Evaluation:
         is_forecast: whether it is foretold, and not made.
         is_cached: whether a part of the model was reused in it from an earlier one.
         is_again: whether it is made once more, since a method did not accept what came of it.
+        budget: what may be left in the latent, relative to it, by what is not evaluated in it; None if nothing holds
+            that under a budget.
+        is_reused: whether the positive alone was evaluated in it, with the guidance of earlier ones.
+        error: what that leaves in the latent, relative to it.
     """
 
     step: int
@@ -155,6 +184,9 @@ class Evaluation:
     is_forecast: bool = False
     is_cached: bool = False
     is_again: bool = False
+    budget: float | None = None
+    is_reused: bool = False
+    error: float = 0.0
 
 
 class Guidance(Protocol):
@@ -171,6 +203,10 @@ class Guidance(Protocol):
     @property
     def conditions(self) -> int:
         """How many conditions of all the guider's prompts are in force at this noise level."""
+
+    @property
+    def needing_negative(self) -> Collection[str]:
+        """Names of the nodes inside the model that work on the negative as it is evaluated, or remember it."""
 
     def guided(self) -> Tensor:
         """What the guider makes of it: the denoised latent, (B, C, H, W)."""
@@ -202,6 +238,17 @@ class ConditionsCall(Protocol):
     @property
     def weights(self) -> tuple[float, ...] | None:
         """Of each prediction in what the sampler gets; None where that is not their sum."""
+
+    @property
+    def are_positive(self) -> tuple[bool, ...]:
+        """Which of them are the guider's positive prompt."""
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The frames that it is of; empty for all."""
+
+    def only(self, places: Sequence[int]) -> ConditionsCall:
+        """The same for some of the conditions."""
 
     def evaluate(self) -> Sequence[Tensor]:
         """The model's denoised latent for each, (B, C, ...)."""
@@ -267,12 +314,14 @@ class Quantized(Made):
         offloaded_bytes: how much of that left the device meanwhile.
         hooked: how many of the layers are quantized anew as hooks change them.
         elapsed_s: what quantizing took; 0 if it was done in an earlier run.
+        left_bytes: memory of the layers that go on as they are, by the reason.
     """
 
     original_bytes: int = 0
     offloaded_bytes: int = 0
     hooked: int = 0
     elapsed_s: float = 0.0
+    left_bytes: Counter[str] = field(default_factory=Counter, kw_only=True)
 
 
 class Quantizer(Protocol):
@@ -283,7 +332,7 @@ class Quantizer(Protocol):
 
         Args:
             path: its path in the model.
-            is_in_block: whether it is inside one of the blocks that the model is a list of.
+            is_in_block: whether it is inside one of the blocks with attention that the model is a list of.
         """
 
     def quantize(self, weight: Tensor) -> torch.nn.Parameter:

@@ -41,9 +41,14 @@ OFFLOAD = ("auto", "on", "off")
 MULTIPLE = 16
 """The kernels that multiply in eight bits take no other sides."""
 
-CONDITIONING = re.compile(r"emb|timestep|time_proj|modulation|adaln|(?:^|[._])mod(?:[A-Z]\w*|_\w+)?(?=\.|$)")
-"""Layers inside blocks that see one row for each image, and not one for each token: their names in UNets and
-diffusion transformers."""
+MODULATION = re.compile(r"modulation|ada[lL][nN]|norm\w*\.linear|(?:^|[._])mod(?:[A-Z]\w*|_\w+)?(?=\.|$)")
+TIME = re.compile(r"emb|timestep|time_proj")
+"""Layers inside blocks that see one row for each image, and not one for each token: their names in diffusion
+transformers and UNets. Eight bits gain no time there, and would make nearly as much of a transformer's error as
+all other layers of its blocks together (benchmarks/results/quantize_layers)."""
+
+LARGE = 0.05
+"""Of all linear weights: what is left out and takes more is told."""
 
 
 def install_line() -> str:
@@ -136,7 +141,9 @@ class Quantize(Configuration):
             return "named in skip"
         if not is_in_block:
             return "first, last or embedding"
-        if CONDITIONING.search(path):
+        if MODULATION.search(path):
+            return "of modulation"
+        if TIME.search(path):
             return "of time embeddings"
         sides = (layer.in_features, layer.out_features)
         if min(sides) < self.min_features:
@@ -203,7 +210,7 @@ class QuantizeRun(MethodRun):
         all_made = list(self.made.values())
         first = all_made[0]
         left: Counter[str] = Counter(first.left)
-        out = ", ".join(f"{number} {why}" for why, number in left.most_common())
+        out = ", ".join(f"{number} {why}{_share(first, why)}" for why, number in left.most_common())
         total = first.modules + left.total()
         if not first.modules:
             return "inert", f"quantized none of {total} linear layers; left out: {out or 'none'}"
@@ -240,6 +247,12 @@ class QuantizeRun(MethodRun):
         if not self.is_compiled:
             return ["add Compile Model: without it, unpacking the weights at each use takes time"]
         return ["computes as before: it saves memory, not time"]
+
+
+def _share(made: Quantized, why: str) -> str:
+    """How much of all linear weights was left out for a reason, where that is much."""
+    share = made.left_bytes[why] / max(1, made.original_bytes + made.left_bytes.total())
+    return f" ({share:.0%} of all linear weights)" if share > LARGE else ""
 
 
 def _mib(size: int) -> str:

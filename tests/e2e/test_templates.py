@@ -25,7 +25,11 @@ INERT = {"SlipstreamFP16FixVAE", "SlipstreamSequentialOffload", "SlipstreamStage
 AS_THE_PROCESSOR = {"SlipstreamCPU", "SlipstreamPrecision", "SlipstreamTune"}
 """Nodes that do something if this processor has instructions for it, or is slow at something, or has the time."""
 
-SMALL = {"EmptyLatentImage": {"width": 128, "height": 128}}
+SMALL = {
+    "EmptyLatentImage": {"width": 128, "height": 128},
+    "EmptySD3LatentImage": {"width": 128, "height": 128},
+    "EmptyHunyuanLatentVideo": {"width": 128, "height": 128, "length": 5},
+}
 SMALLER = {
     "5 - Compile Model and Compile VAE": {"CheckpointLoaderSimple": {"ckpt_name": "tiniest.safetensors"}},
     "5 - Quantize and compile SDXL": {
@@ -48,6 +52,8 @@ IN_PLANS = {"Slipstream/model", "Slipstream/sampling"}
 ONLY_LOOKING = {"SlipstreamSavePlan"}
 """What stands there too and puts nothing on a model."""
 
+SAVERS = {"SaveImage", "SaveAnimatedWEBP"}
+
 IN_BOTH = {
     "1 - Try it, no downloads",
     "2 - SD 1.5 faster - DeepCache, CFG Cutoff and FreeU",
@@ -56,8 +62,17 @@ IN_BOTH = {
 }
 """Run in both renderers, the others in one: in the other they are opened, and run where there is time."""
 
-LONG = {"5 - Quantize and compile SDXL"}
-"""Another one compiles too."""
+LONG = {
+    "2 - SDXL best quality",
+    "2 - SDXL fastest",
+    "3 - SDXL under 6 GB",
+    "3 - SDXL under 8 GB",
+    "5 - Compile Model and Compile VAE",
+    "5 - Offload SDXL in stages",
+    "5 - Precision and Attention on SDXL",
+    "5 - Quantize and compile SDXL",
+}
+"""Another one is of the same nodes. They are opened all the same."""
 
 
 @dataclass
@@ -129,7 +144,7 @@ def test_a_template_opens_runs_and_shows_image_and_verdicts(title, tour, page, r
         assert len(lines) == LINES.get(kind, 1) or (kind in LISTS and len(lines) > 1)
         states = {"active", "inert"} if kind in AS_THE_PROCESSOR else {"inert"} if kind in INERT else {"active"}
         assert all(line.state in states and line.is_visible and not line.is_last for line in lines)
-    savers = [node["id"] for node in TEMPLATES[title]["nodes"] if node["type"] == "SaveImage"]
+    savers = [node["id"] for node in TEMPLATES[title]["nodes"] if node["type"] in SAVERS]
     assert all(page.shows_image(node_id) for node_id in savers)
     putting = [node_id for node_id in ours if kinds[node_id] not in ONLY_LOOKING]
     in_plans = {str(node_id) for node_id in putting if category(page, kinds[node_id]) in IN_PLANS}
@@ -161,8 +176,11 @@ def category(page, kind):
 def recorded(page, prompt_id, saver):
     """The nodes that asked for what the image that a node saved tells of its making."""
     with Image.open(BytesIO(page.saved(prompt_id, saver))) as opened:
-        assert "workflow" in opened.text
-        record = json.loads(opened.text.get("slipstream", '{"samplers": {}}'))
+        # A film has it in its Exif: name:JSON.
+        exif = (value.split(":", 1) for value in opened.getexif().values() if isinstance(value, str))
+        text = getattr(opened, "text", None) or dict(exif)
+        assert "workflow" in text
+        record = json.loads(text.get("slipstream", '{"samplers": {}}'))
     runs = [run for sampler in record["samplers"].values() for run in sampler["runs"]]
     return {node for run in runs for method in run["methods"] for node in method["nodes"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -161,6 +162,20 @@ def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> Mod
     return clone
 
 
+def add_diff(patcher: ModelPatcher, seed: int = 3, strength: float = 0.3) -> ModelPatcher:
+    """A clone with a low-rank update on every matrix of its blocks, whatever they are called."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = {}
+    for key, weight in patcher.model_state_dict("diffusion_model.").items():
+        if weight.ndim == 2 and key.endswith("weight") and any(part.isdigit() for part in key.split(".")):
+            up = torch.randn(weight.shape[0], 2, generator=generator)
+            down = torch.randn(2, weight.shape[1], generator=generator)
+            patches[key] = ("diff", (up @ down / weight.shape[1] ** 0.5,))
+    clone = patcher.clone()
+    assert len(clone.add_patches(patches, strength)) == len(patches) > 0
+    return clone
+
+
 def hooked_prompt(patcher: ModelPatcher, strengths: dict[float, float] | None = None) -> list[Any]:
     """A CONDITIONING with a LoRA of its own, which the host patches in for it alone, between two calls of the model.
 
@@ -305,3 +320,22 @@ class Counter:
 
 class PlantedError(Exception):
     """An error that a test planted."""
+
+
+def scribbling(model: ModelPatcher, factor: float) -> tuple[ModelPatcher, list[Any]]:
+    """A clone on which predictions are multiplied in place once they were handed out, as guidance may: they are the
+    caller's. Asserts that the latent stays as it came in. Also weak references to those predictions, as they come."""
+    given: list[Any] = []
+
+    def wrapper(executor, denoiser, conds, x, timestep, options):
+        before = x.clone()
+        found = executor(denoiser, conds, x, timestep, options)
+        assert torch.equal(x, before)
+        for one in found:
+            one.mul_(factor)
+        given.extend(weakref.ref(one) for one in found)
+        return found
+
+    patched = model.clone()
+    patched.add_wrapper("calc_cond_batch", wrapper)
+    return patched, given

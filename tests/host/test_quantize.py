@@ -15,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
 from hosted import PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
+from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
 
 BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
 """Of the latents after three steps, the norm of the difference over the norm. Eight bits round each row to 1/255 of its
@@ -55,8 +56,46 @@ def test_the_image_stays_near_and_the_layers_take_a_quarter(scheme, family, last
     layers, total = {"SD15": (160, 184), "SDXL": (302, 323), "DiT": (28, 38)}[family]
     assert text.startswith(f"{scheme}: {layers} of {total} linear layers, ")
     assert re.search(r" \((25|26|27)%\); ", text)
-    assert "of time embeddings" in text
+    assert ("of modulation" if family == "DiT" else "of time embeddings") in text
     assert "first, last or embedding" in text
+
+
+AROUND = ("distilled_guidance", "caption_projection", "embed", "final_layer")
+"""What is around a transformer's blocks, by names that families have for it."""
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_of_a_transformer_what_is_around_its_blocks_and_what_sees_one_row_an_image_stays(name):
+    model, rows, quantized = transformer(name), {}, set()
+    handles = []
+    for path, part in model.model.diffusion_model.named_modules():
+        if isinstance(part, torch.nn.Linear):
+
+            def hook(layer, inputs, _, path=path):
+                rows[path] = max(rows.get(path, 0), inputs[0].numel() // inputs[0].shape[-1])
+                quantized.update({path} if type(layer.weight) is not torch.nn.Parameter else ())
+
+            handles.append(part.register_forward_hook(hook))
+    given = {"image": transformer_latent(name), "scheduler": "simple", "steps": 1, "cfg": 1.0}
+    draw(quantize(model, scheme="int8 weight-only"), *[transformer_prompt(name, 1)] * 2, **given)
+    assert quantized
+    assert not [path for path in quantized if any(part in path for part in AROUND)]
+    assert not [path for path in quantized if rows[path] == 1]
+    # Of what is numbered, as blocks are, all else is.
+    of_blocks = {path for path, count in rows.items() if count > 1 and re.search(r"\.\d+\.", path)}
+    assert not [path for path in of_blocks - quantized if not any(part in path for part in AROUND)]
+
+
+def test_what_is_left_out_and_much_of_the_model_is_told(last_lines):
+    model = transformer("Qwen-Image")
+    linear = {
+        path: part for path, part in model.model.diffusion_model.named_modules() if isinstance(part, torch.nn.Linear)
+    }
+    share = sum(part.weight.nbytes for path, part in linear.items() if "_mod" in path)
+    share /= sum(part.weight.nbytes for part in linear.values())
+    given = {"image": transformer_latent("Qwen-Image"), "scheduler": "simple", "steps": 1, "cfg": 1.0}
+    draw(quantize(model, scheme="int8 weight-only"), *[transformer_prompt("Qwen-Image", 1)] * 2, **given)
+    assert f"4 of modulation ({share:.0%} of all linear weights)" in last_lines("1")[0][1]
 
 
 def test_a_lora_is_merged_first_and_followed(model, last_lines):

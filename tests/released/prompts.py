@@ -29,6 +29,14 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 }
 """What of a template is set lower: a CPU takes minutes."""
 
+FILES = {
+    "CheckpointLoaderSimple": ("checkpoints", 1),
+    "UNETLoader": ("diffusion_models", 1),
+    "CLIPLoader": ("text_encoders", 1),
+    "DualCLIPLoader": ("text_encoders", 2),
+}
+"""The host's loaders: the folder of their files, and how many of these they name, first of all."""
+
 SMALL_MODEL = "tiniest.safetensors"
 """In the place of a template's model where something compiles."""
 
@@ -80,19 +88,21 @@ def small(prompt: Prompt) -> Prompt:
 
 def make_base(base: Path, pack: Path) -> None:
     """A base directory for a server: the files of a pack that users get, the stand-ins, and files for them."""
-    packs, checkpoints = base / "custom_nodes", base / "models" / "checkpoints"
-    checkpoints.mkdir(parents=True)
+    packs, models = base / "custom_nodes", base / "models"
+    for folder in {folder for folder, _ in FILES.values()}:
+        (models / folder).mkdir(parents=True)
     for name in packed_files(pack):
         file = packs / "slipstream" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(pack / name, file)
     (packs / "standins").symlink_to(STANDINS)
     for name in ("tiniest", "minimal"):
-        (checkpoints / f"{name}.safetensors").touch()
+        (models / "checkpoints" / f"{name}.safetensors").touch()
     for path in (ROOT / "workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            if node["type"] == "CheckpointLoaderSimple":
-                (checkpoints / node["widgets_values"][0]).touch()
+            folder, count = FILES.get(node["type"], ("", 0))
+            for name in node["widgets_values"][:count] if count else ():
+                (models / folder / name).touch()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@
  * @property {string} node_type
  * @property {Line[]} lines
  * @property {any} record What was counted or measured. Some types of node draw it: see `details`.
+ * @property {Record<string, number>} [totals] Counts of all of the prompt's own runs that are over.
  * @property {boolean} [isLast] Whether it is from a prompt before the current one.
  *
  * @typedef {{ state: State, text: string, isLast: boolean, instance: string, source: string }} Row One line on a node.
@@ -133,6 +134,9 @@ const STYLE = `
  */
 export const details = new Map()
 
+/** Called after the nodes were brought in line with the verdicts. @type {Set<() => void>} */
+export const afterDraw = new Set()
+
 /** The verdicts of each workflow, by the node's execution id. @type {Map<string, Map<string, Verdict>>} */
 const workflows = new Map()
 
@@ -200,11 +204,16 @@ function drawSoon() {
   }, drawnAt + PAUSE_MS - performance.now())
 }
 
+/** The verdicts of the open workflow, by the node's execution id. @returns {Map<string, Verdict>} */
+export function currentVerdicts() {
+  return workflows.get((app.rootGraph ?? app.graph)?.id) ?? new Map()
+}
+
 /** Brings every node of the open workflow in line with the verdicts. */
 function draw() {
   if (!isReady) return
   const root = app.rootGraph ?? app.graph
-  const verdicts = workflows.get(root.id) ?? new Map()
+  const verdicts = currentVerdicts()
   /** @type {Map<Node, Row[]>} */
   const rows = new Map()
   /** @type {Map<Node, any>} */
@@ -221,11 +230,8 @@ function draw() {
       if (verdict?.isLast && isNodeOff) verdicts.delete(id)
       else if (verdict && verdict.node_type === (node.comfyClass ?? node.type)) {
         records.set(node, verdict.record)
-        const isOnly = verdict.lines.length === 1
         for (const line of verdict.lines) {
-          const times = line.times > 1 && localized(STRINGS, 'times').replace('{}', String(line.times))
-          const whose = [!isOnly && line.sampler, times].filter(Boolean).join(', ')
-          const text = whose ? `${whose}: ${line.text}` : line.text
+          const text = textOf(verdict, line)
           const row = { state: line.state, isLast: Boolean(verdict.isLast), source: id }
           rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
           enclosing.forEach((host, depth) => {
@@ -240,6 +246,14 @@ function draw() {
 
   visit(root, '', [], false)
   for (const [node, nodeRows] of rows) show(node, nodeRows, records.get(node))
+  for (const listener of afterDraw) listener()
+}
+
+/** What is shown of a line: of several, whose it is, and how often it came. @param {Verdict} verdict @param {Line} line */
+export function textOf({ lines }, { sampler, times, text }) {
+  const often = times > 1 && localized(STRINGS, 'times').replace('{}', String(times))
+  const whose = [lines.length > 1 && sampler, often].filter(Boolean).join(', ')
+  return whose ? `${whose}: ${text}` : text
 }
 
 /** @param {string} prefix @param {Node[]} enclosing */

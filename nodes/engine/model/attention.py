@@ -25,6 +25,10 @@ Kinds = tuple[str, ...]
 
 IMAGE = "slipstream.image_attention"
 OVERRIDE = "optimized_attention_override"
+INSIDE = "_inside_attn_wrapper"
+"""By which the host knows, further in, that it has looked for an override."""
+SAID = {"scale", "enable_gqa", "low_precision_attention"}
+"""What a model may say of attention beside its tensors. What says more is traced as it is."""
 LISTED = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 """The patches that a transformer block runs, which may change shapes."""
 
@@ -177,8 +181,13 @@ def _attention(
     skip_output_reshape: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
-    if skip_reshape or skip_output_reshape:
-        return function(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs)
+    layout, said = (skip_reshape, skip_output_reshape), kwargs.keys() - {"transformer_options", INSIDE}
+    if said - SAID:
+        return function(q, k, v, heads, mask, attn_precision, *layout, **kwargs)
+    if any(layout) or said:
+        scale, has_fewer = kwargs.get("scale"), kwargs.get("enable_gqa")
+        may_be_low = kwargs.get("low_precision_attention")
+        return _attend_laid_out(q, k, v, heads, mask, attn_precision, *layout, scale, has_fewer, may_be_low)
     return _attend(q, k, v, heads, mask, attn_precision)
 
 
@@ -205,6 +214,45 @@ def _attend_now(
     return _fitting(function(q, k, v, heads, mask, attn_precision=precision, transformer_options=options), q, k, v)
 
 
+def _attend_laid_out_now(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    mask: torch.Tensor | None,
+    precision: torch.dtype | None,
+    skip_reshape: bool,
+    skip_output_reshape: bool,
+    scale: float | None,
+    has_fewer: bool | None,
+    may_be_low: bool | None,
+) -> torch.Tensor:
+    function = host.optimized_attention if mask is None else host.optimized_attention_masked
+    given = {"scale": scale, "enable_gqa": has_fewer, "low_precision_attention": may_be_low}
+    output = function(
+        q, k, v, heads, mask,
+        attn_precision=precision,
+        skip_reshape=skip_reshape,
+        skip_output_reshape=skip_output_reshape,
+        transformer_options=getattr(_now, "options", None) or {},
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    shape = _laid_out(q, v, heads, skip_reshape, skip_output_reshape)
+    return _fitting(output, q, k, v, shape=shape)
+
+
+def _laid_out(
+    q: torch.Tensor, v: torch.Tensor, heads: int, skip_reshape: bool, skip_output_reshape: bool
+) -> tuple[int, ...]:
+    """The shape that attention gives: (B, heads, N, width) without its reshape, (B, N, heads * width) with it."""
+    if skip_reshape:
+        tokens, width = q.shape[-2], v.shape[-1]
+    else:
+        # Where k and v have fewer heads, their own width tells nothing.
+        tokens, width = q.shape[1], q.shape[2] // heads
+    return (q.shape[0], heads, tokens, width) if skip_output_reshape else (q.shape[0], tokens, heads * width)
+
+
 def _replace_now(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kind: str, heads: int, width: int, precision: torch.dtype | None
 ) -> torch.Tensor:
@@ -218,10 +266,11 @@ def _attend_image_now(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     return _fitting(_now.options[IMAGE](q, k, v), q, k, v)
 
 
-def _fitting(output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """What an operation gave, as its graph expects it: of its first input's shape, and nobody else's memory."""
+def _fitting(output: torch.Tensor, *inputs: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """What an operation gave, as its graph expects it: of its first input's shape or this one, and nobody else's
+    memory."""
     q = inputs[0]
-    if output.shape != q.shape or output.dtype != q.dtype:
+    if output.shape != (q.shape if shape is None else shape) or output.dtype != q.dtype:
         raise UnsuitedError(f"attention gave {tuple(output.shape)} {output.dtype} for {tuple(q.shape)} {q.dtype}")
     storages = {value.untyped_storage().data_ptr() for value in inputs}
     return output.clone() if output.untyped_storage().data_ptr() in storages else output.contiguous()
@@ -232,6 +281,16 @@ _library.define("attend(Tensor q, Tensor k, Tensor v, int heads, Tensor? mask, S
 _library.define(
     "replace(Tensor q, Tensor k, Tensor v, str kind, int heads, int width, ScalarType? precision) -> Tensor"
 )
+_library.define(
+    "attend_laid_out(Tensor q, Tensor k, Tensor v, int heads, Tensor? mask, ScalarType? precision, bool skip_reshape, "
+    "bool skip_output_reshape, float? scale, bool? has_fewer, bool? may_be_low) -> Tensor"
+)
+_library.impl("attend_laid_out", _attend_laid_out_now, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    f"{NAMESPACE}::attend_laid_out",
+    lambda q, k, v, heads, mask, precision, *more: q.new_empty(_laid_out(q, v, heads, *more[:2])),
+    lib=_library,
+)
 _library.define("attend_image(Tensor q, Tensor k, Tensor v) -> Tensor")
 _library.impl("attend_image", _attend_image_now, "CompositeExplicitAutograd")
 _library.impl("attend", _attend_now, "CompositeExplicitAutograd")
@@ -239,5 +298,6 @@ _library.impl("replace", _replace_now, "CompositeExplicitAutograd")
 for _name in ("attend", "attend_image", "replace"):
     torch.library.register_fake(f"{NAMESPACE}::{_name}", lambda q, *_: q.new_empty(q.shape), lib=_library)
 _attend = getattr(torch.ops, NAMESPACE).attend.default
+_attend_laid_out = getattr(torch.ops, NAMESPACE).attend_laid_out.default
 _attend_image = getattr(torch.ops, NAMESPACE).attend_image.default
 _replace = getattr(torch.ops, NAMESPACE).replace.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
 """What has a layer of the host's use its weights as they are."""
+
+ATTENTION = re.compile(r"attn|attention|(?:query|key|q|k)_?norm|norm_?(?:query|key|q|k)\b")
+"""Names of what a block with attention has: Flux's single blocks are norms of queries and keys between two layers."""
 
 OFFLOADED_AT_ONCE = 256 * 2**20
 """Bytes. The host logs a line each time."""
@@ -104,19 +108,12 @@ class QuantizedLayers:
         self._quantize_all()
 
     def _chosen(self) -> Iterator[_Layer]:
-        blocks = tuple(
-            f"{path}."
-            for part, path in self._paths.items()
-            if isinstance(part, (nn.ModuleList, TimestepEmbedSequential))
-        )
-        for layer, path in self._paths.items():
-            if not isinstance(layer, nn.Linear):
-                continue
-            why = _unsuited(layer) or self._quantizer.leaves_out(path, layer, path.startswith(blocks))
+        for layer, path, why in sorted_out(self._paths, self._quantizer):
             if why is None:
                 yield _Layer(path, layer, not self._hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
             else:
                 self.made.left[why] += 1
+                self.made.left_bytes[why] += _bytes(layer.weight)
 
     def _quantize_all(self) -> None:
         patcher, unloading = self._patcher, Unloading(self._patcher)
@@ -192,6 +189,28 @@ class QuantizedLayers:
                     module.__dict__.pop(name, None)
                 module.__dict__.update(flags)
             self._is_installed = False
+
+
+def sorted_out(paths: Mapping[nn.Module, str], quantizer: Quantizer) -> Iterator[tuple[nn.Linear, str, str | None]]:
+    """The linear layers of a model with their paths, and why each stays as it is: None if it is quantized.
+
+    What a model is made of are its lists of blocks with attention. Other lists hold what is before and after them: the
+    layers by which Chroma makes all of its modulation, HiDream's projections of each layer of its text encoder.
+    """
+    blocks = tuple(
+        f"{path}."
+        for part, path in paths.items()
+        if isinstance(part, TimestepEmbedSequential)
+        or (isinstance(part, (nn.ModuleList, nn.ModuleDict)) and _has_attention(part))
+    )
+    for layer, path in paths.items():
+        if isinstance(layer, nn.Linear):
+            yield layer, path, _unsuited(layer) or quantizer.leaves_out(path, layer, path.startswith(blocks))
+
+
+def _has_attention(module: nn.Module) -> bool:
+    named = (f"{path}.{type(part).__name__}".lower() for path, part in module.named_modules() if part is not module)
+    return any(ATTENTION.search(name) for name in named)
 
 
 def has_own_memory(device: torch.device) -> bool:

@@ -58,6 +58,8 @@ class Record:
         evaluations: times the sampler asked the guider for a prediction.
         predictions: conditions that went through the network; one in a batch of two counts two.
         model_calls: batches that went through the network.
+        full_predictions: what `predictions` would be if each evaluation had made as many as the one that made the most.
+        reused: evaluations in which part of the network was left out for what was kept.
         status: how it ended.
         reason: what ended it, if it failed.
         step: the step of the last evaluation.
@@ -69,6 +71,8 @@ class Record:
     evaluations: int = 0
     predictions: int = 0
     model_calls: int = 0
+    full_predictions: int = 0
+    reused: int = 0
     status: Status = "running"
     reason: str = ""
     step: int = 0

@@ -1,4 +1,4 @@
-"""The conditions that a guider asks for at once, for the method that decides whether they are evaluated."""
+"""The conditions that a guider asks for at once, for the methods that decide whether they are evaluated, and which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import add_callback_with_key
 
-from ...methods.method import Evaluation, MethodRun
+from ...methods.method import ConditionsCall, Evaluation, MethodRun
 from ..plan.plan import KEY
 from .evaluation import Now
 
@@ -29,11 +29,11 @@ class Conditions:
         guider: the host's CFGGuider.
 
     Attributes:
-        around: the method around it.
+        around: the methods around it, outermost first.
     """
 
     def __init__(self, now: Now, guider: Any):
-        self.around: MethodRun | None = None
+        self.around: list[MethodRun] = []
         self._now = now
         self._guider = guider
         # In which evaluation, and the frames.
@@ -44,7 +44,7 @@ class Conditions:
         """Have the host's context windows tell which one is evaluated: nothing else does, and some schedules have
         others in each step. In the options of this run alone."""
         handler = self._guider.model_options.get(HANDLER)
-        if self.around is None or not isinstance(getattr(handler, "callbacks", None), dict):
+        if not self.around or not isinstance(getattr(handler, "callbacks", None), dict):
             return
         watched = copy.copy(handler)
         watched.callbacks = copy.deepcopy(handler.callbacks)
@@ -60,28 +60,60 @@ class Conditions:
     ) -> list[torch.Tensor]:
         """One call. The arguments are those of the host's wrapper; a condition may be None, which gives zeros."""
         evaluation = self._now.evaluation
-        if self.around is None or evaluation is None:
+        if not self.around or evaluation is None:
             found: list[torch.Tensor] = executor(model, conds, x, timestep, model_options)
             return found
-        run = lambda: executor(model, conds, x, timestep, model_options)  # noqa: E731
+        run = lambda some: executor(model, some, x, timestep, model_options)  # noqa: E731
         window = self._window[1] if self._window[0] is evaluation else ()
-        call = HostConditionsCall(self._now, self._guider, run, model, conds, x, timestep, model_options, window)
-        live = iter(self.around.conditions(evaluation, call))
+        host = HostConditionsCall(self._now, self._guider, run, model, conds, x, timestep, model_options, window)
+        around: ConditionsCall = host
+        for method in reversed(self.around):
+            around = Within(evaluation, around, method)
+        live = iter(around.evaluate())
         return [torch.zeros_like(x) if cond is None else next(live) for cond in conds]
 
     def end(self) -> None:
         """The run is over: nothing of it is kept."""
         if self._handler is not None:
             self._guider.model_options[HANDLER] = self._handler
-        self.around = self._handler = None
+        self.around, self._handler = [], None
         self._window = None, ()
+
+
+class Within:
+    """A call with a method around it: `methods.method.ConditionsCall`."""
+
+    def __init__(self, evaluation: Evaluation, call: ConditionsCall, method: MethodRun):
+        self.keys = call.keys
+        self.x, self.sigma, self.window = call.x, call.sigma, call.window
+        self._evaluation = evaluation
+        self._call = call
+        self._method = method
+
+    @property
+    def states(self) -> tuple[Hashable, ...]:
+        return self._call.states
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        return self._call.weights
+
+    @property
+    def are_positive(self) -> tuple[bool, ...]:
+        return self._call.are_positive
+
+    def only(self, places: Sequence[int]) -> Within:
+        return Within(self._evaluation, self._call.only(places), self._method)
+
+    def evaluate(self) -> Sequence[torch.Tensor]:
+        return self._method.conditions(self._evaluation, self._call)
 
 
 class HostConditionsCall:
     """`methods.method.ConditionsCall` over the host's."""
 
     def __init__(
-        self, now: Now, guider: Any, run: Callable[[], list[torch.Tensor]], model: Any, conds: list[Any],
+        self, now: Now, guider: Any, run: Callable[[list[Any]], list[torch.Tensor]], model: Any, conds: list[Any],
         x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], window: tuple[int, ...],
     ):  # fmt: skip
         # Read from the device only where another node evaluates at a noise level of its own.
@@ -89,6 +121,7 @@ class HostConditionsCall:
         assert evaluation is not None
         self.x = x
         self.sigma = evaluation.sigma if timestep is now.timestep else float(timestep.flatten()[0])
+        self.window = window
         self._run = run
         self._guider = guider
         self._model_options = model_options
@@ -100,7 +133,7 @@ class HostConditionsCall:
         for cond in self._conds:
             if cond is None:
                 continue
-            key = (options, tuple(entry.get("uuid") for entry in cond))
+            key = (options, _uuids(cond))
             occurrences[key] += 1
             yield key, occurrences[key]
 
@@ -108,6 +141,21 @@ class HostConditionsCall:
     def states(self) -> tuple[Hashable, ...]:
         """What of each is in force at this noise level."""
         return tuple(tuple(_state(entry, self.sigma) for entry in cond) for cond in self._conds if cond is not None)
+
+    @property
+    def are_positive(self) -> tuple[bool, ...]:
+        """By the prompts' own marks: windows and other nodes hand in copies."""
+        positive = _uuids(self._guider.conds.get("positive") or ())
+        return tuple(_uuids(cond) == positive for cond in self._conds if cond is not None)
+
+    def only(self, places: Sequence[int]) -> HostConditionsCall:
+        found = copy.copy(self)
+        found.__dict__.pop("states", None)
+        live = [at for at, cond in enumerate(self._conds) if cond is not None]
+        kept = {live[place] for place in places}
+        found._conds = [cond if at in kept else None for at, cond in enumerate(self._conds)]
+        found.keys = tuple(self.keys[place] for place in places)
+        return found
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -122,7 +170,11 @@ class HostConditionsCall:
 
     def evaluate(self) -> Sequence[torch.Tensor]:
         """The model's prediction for each."""
-        return [result for result, cond in zip(self._run(), self._conds, strict=True) if cond is not None]
+        return [result for result, cond in zip(self._run(self._conds), self._conds, strict=True) if cond is not None]
+
+
+def _uuids(cond: Sequence[dict[str, Any]]) -> tuple[Hashable, ...]:
+    return tuple(entry.get("uuid") for entry in cond)
 
 
 def _structure(model_options: dict[str, Any]) -> Hashable:

@@ -37,6 +37,7 @@ class Now:
         self.occurrences_of_conditions: Counter[Hashable] = Counter()
         self.lock = threading.Lock()
         self._steps = steps
+        self._most = 0
 
     def begin_evaluation(self, latent: torch.Size, timestep: torch.Tensor) -> Evaluation:
         """The sampler asks for a prediction of a latent at a noise level, which is read from the device here alone."""
@@ -58,6 +59,13 @@ class Now:
         self.occurrences.clear()
         self.occurrences_of_conditions.clear()
         return self.evaluation
+
+    def end_evaluation(self) -> None:
+        """The sampler gets its prediction."""
+        assert self.evaluation is not None
+        self._most = max(self._most, self.evaluation.predictions)
+        self.record.full_predictions = self._most * self.record.evaluations
+        self.record.reused += self.evaluation.is_cached
 
     def count_call(self, conditions: int) -> None:
         """A batch of conditions goes through the network."""

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from .without_negative import WithoutNegative
+from .without_negative import WithoutNegative, working_on_negative
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class HostGuidance:
             for conds in self.guider.conds.values()
             for cond in conds or ()
         )
+
+    @property
+    def needing_negative(self) -> set[str]:
+        is_needed = bool(self.guider.model_options.get("disable_cfg1_optimization", False))
+        return working_on_negative(self.model_options.get("transformer_options", {})) if is_needed else set()
 
     def guided(self) -> torch.Tensor:
         return self.executor(self.x, self.timestep, self.model_options, self.seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...methods.method import MethodRun
 from ..host.artifacts import Keeper
+from ..plan import models
 from .evaluation import Now
 
 
@@ -21,10 +22,12 @@ class ModelCalls:
 
     Attributes:
         around: the methods around a call, outermost first.
+        compiling: what compiles models that are no UNets; None if nothing does.
     """
 
     def __init__(self, now: Now, patchers: Callable[[], list[Any]], keeper: Keeper):
         self.around: Sequence[MethodRun] = ()
+        self.compiling: Any = None
         self._now = now
         self._patchers = patchers
         self._keeper = keeper
@@ -37,16 +40,30 @@ class ModelCalls:
     ) -> Any:  # fmt: skip
         """One call, counted, with the methods around it. The arguments are those of the host's wrapper."""
         self._now.count_call(len(options.get("cond_or_uncond", (0,))))
-        host_model = self._host_model(executor.class_obj)
-        if host_model is None:
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        from ..model.model_call import HostModelCall
+        host_model, now_given = self._host_model(executor.class_obj), lambda: options
+        if host_model is not None:
+            from ..model.model_call import HostModelCall
 
-        call = HostModelCall(host_model, options)
-        run = lambda: executor(x, t, c_concat, c_crossattn, control, call.options, **kwargs)  # noqa: E731
-        for method in reversed(self.around):
+            call = HostModelCall(host_model, options)
+            now_given = lambda: call.options  # noqa: E731
+        run = lambda: executor(x, t, c_concat, c_crossattn, control, now_given(), **kwargs)  # noqa: E731
+        if self.compiling is not None and self._now.evaluation is not None:
+            run = partial(self._compiled, executor.class_obj.diffusion_model, x, c_crossattn, control, now_given, run)
+        for method in reversed(self.around if host_model is not None else ()):
             run = partial(method.apply_model, call, run)
         return run()
+
+    def _compiled(self, module: Any, x: Any, context: Any, control: Any, now_given: Any, run: Any) -> Any:
+        """A call that runs compiled, inside all that other methods do around it. UNets are compiled where they are
+        called."""
+        if models.is_image_unet(module):
+            return run()
+        from ..model.compile_model import ModelCall
+
+        call = ModelCall(x, context, control, now_given(), run)
+        with self._now.lock:
+            compiled = self.compiling.around_model(module, call)
+        return compiled.run()
 
     def _host_model(self, model: Any) -> Any:
         """What the methods keep of a model in this run; None if none stands around it."""
@@ -67,4 +84,5 @@ class ModelCalls:
     def end(self) -> None:
         """The run is over: nothing of it is kept."""
         self.around = ()
+        self.compiling = None
         self._host_models.clear()

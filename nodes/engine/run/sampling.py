@@ -152,9 +152,11 @@ class SamplingRun:
             if takes_part(method, "convolution"):
                 self.unet_calls.convolve(method, self.guider.model_patcher)
             if takes_part(method, "compile"):
-                self.unet_calls.compile(entry.config, method, self.guider.model_patcher, self._announce)
+                patcher = self.guider.model_patcher
+                self.model_calls.compiling = self.unet_calls.compile(entry.config, method, patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
-        self.conditions.around = next(iter(self._taking_part("conditions")), None)
+        # The other way round than elsewhere: which conditions are reused is asked only of an evaluation that is made.
+        self.conditions.around = self._taking_part("conditions")[::-1]
         self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
@@ -212,7 +214,7 @@ class SamplingRun:
             WrappersMP.PREDICT_NOISE: self.predict_noise,
             WrappersMP.APPLY_MODEL: self.apply_model,
         }
-        if self.conditions.around is not None:
+        if self.conditions.around:
             wrappers[WrappersMP.CALC_COND_BATCH] = self.conditions.call
         if self.unet_calls.takes_part:
             wrappers[WrappersMP.DIFFUSION_MODEL] = self.diffusion_model
@@ -247,6 +249,7 @@ class SamplingRun:
             around = self.around_evaluation
             denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
             if all(method.accepts(evaluation, denoised) for method in self.judges):
+                self.now.end_evaluation()
                 return denoised
             evaluation = self.now.begin_again()
 
@@ -257,7 +260,13 @@ class SamplingRun:
         options = {} if transformer_options is None else transformer_options
         return self.model_calls.apply(executor, x, t, c_concat, c_crossattn, control, options, kwargs)
 
-    def diffusion_model(
+    def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any):
+        # Those of other models take other arguments. A guider may run one of each (DualModelGuider).
+        if not models.is_image_unet(executor.class_obj):
+            return executor(*args, **kwargs)
+        return self._unet(executor, *args, **kwargs)
+
+    def _unet(
         self, executor: Any, x: Any, timesteps: Any = None, context: Any = None, y: Any = None, control: Any = None,
         transformer_options: dict[str, Any] | None = None, **kwargs: Any,
     ):  # fmt: skip

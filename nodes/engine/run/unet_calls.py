@@ -10,7 +10,6 @@ import torch
 
 from ...methods.method import MethodRun
 from ..host.artifacts import Keeper
-from ..plan import models
 from .evaluation import Now
 
 
@@ -48,15 +47,17 @@ class UNetCalls:
 
         self._convolutions = Convolutions(method, patcher, self._keeper)
 
-    def compile(self, config: Any, method: MethodRun, patcher: Any, announce: Callable[[int, float], None]) -> None:
-        """Compile a model by a method's settings, when it is first called."""
+    def compile(self, config: Any, method: MethodRun, patcher: Any, announce: Callable[[int, float], None]) -> Any:
+        """Compile a model by a method's settings, when it is first called. Returns what compiles, for the calls of
+        models that are no UNets."""
         # Here, since it needs torch's compiler too.
-        from ..model.compile_unet import UNetCompiling
+        from ..model.compile_model import Compiling
 
         # Graphs made with the operation for convolutions in them are others than those without.
         has_operations = self._convolutions is not None
-        self._compiling = UNetCompiling(config, patcher, self._keeper, announce, has_operations)
+        self._compiling = Compiling(config, patcher, self._keeper, announce, has_operations)
         method.compile(self._compiling.tally)
+        return self._compiling
 
     def call(
         self, executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, options: dict[str, Any],
@@ -64,8 +65,7 @@ class UNetCalls:
     ) -> Any:  # fmt: skip
         """One call. The arguments are those of the host's wrapper."""
         method, evaluation = self.around, self._now.evaluation
-        # A guider may run a second, other model under the first one's options (DualModelGuider).
-        if evaluation is None or not models.is_image_unet(executor.class_obj):
+        if evaluation is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
         # Here, since it uses more of the host's internals than the rest: if they change, this method alone fails.
         from ..model.unet import HostUNetCall

@@ -79,8 +79,7 @@ class WithoutNegative:
             "wrappers": {**wrappers, WrappersMP.CALC_COND_BATCH: of_kind},
         }
         if self._is_needed:
-            # NAG has no function around guidance: it mixes the two inside attention, where it finds both.
-            self.left_out |= {name_of(patch) for patch in _patches(transformer_options) if _tells_prompts_apart(patch)}
+            self.left_out |= working_on_negative(transformer_options)
 
     # The host's points, in the order in which it comes to them.
 
@@ -146,6 +145,13 @@ class WithoutNegative:
     def _leave_out(self, function: Callable[..., Any], kept: Any) -> Any:
         self.left_out.add(name_of(function))
         return kept
+
+
+def working_on_negative(transformer_options: dict[str, Any]) -> set[str]:
+    """Names of the nodes inside the model that work on the negative as it is evaluated, where a node has the host
+    evaluate it at cfg 1 too. NAG has no function around guidance: it mixes the two inside attention, where it finds
+    both; SAG remembers the negative's attention there."""
+    return {name_of(patch) for patch in _patches(transformer_options) if _tells_prompts_apart(patch)}
 
 
 class _Arguments(dict[str, Any]):

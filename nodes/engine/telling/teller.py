@@ -91,8 +91,10 @@ class Teller:
                 told.setdefault(node, {})[self._number, entry.config.stem] = named
         # One number for each step is for the Report, and too much for each message.
         record = {name: value for name, value in self._record.as_dict().items() if name != "step_s"}
+        is_own = self._audience is None or self._audience.hear is None
+        is_over = is_own and self._record.status != "running"
         for node, lines_of_it in told.items():
-            verdicts.publish_lines(self._where, node, lines_of_it, record)
+            verdicts.publish_lines(self._where, node, lines_of_it, record, is_over)
 
     def end(self, methods: Sequence[MethodRun], error: BaseException | None) -> None:
         """The run is over, and its record closed."""

@@ -29,6 +29,8 @@ ROUTE = "/slipstream/verdicts"
 KEPT = 1000
 LATEST = 64
 """Lines of a node that may yet be written anew."""
+SUMMED = ("evaluations", "predictions", "full_predictions", "reused", "elapsed_s")
+"""Counts of a run that are added up for a prompt."""
 OF_ITSELF = 0
 """In the place of a run's number, for what a node says of itself: such a line is never one of many."""
 NOT_RUN = (OF_ITSELF, "")
@@ -91,6 +93,7 @@ class Verdict:
         earlier: the lines of the runs before these.
         record: the counts of the latest run.
         report: what the node itself measured, which no run of its methods replaces; empty if it measures nothing.
+        totals: of all of the prompt's own runs that are over.
     """
 
     prompt_id: str | None
@@ -101,6 +104,7 @@ class Verdict:
     earlier: Folded = field(default_factory=Folded)
     record: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
     def put(self, key: Key, line: dict[str, Any]) -> None:
         """Set a line. One that is neither among the latest nor still running is no longer known by its key."""
@@ -126,6 +130,7 @@ class Verdict:
             "node_type": self.node.type,
             "lines": self.shown(),
             "record": self.report or self.record,
+            "totals": self.totals,
         }
 
 
@@ -197,7 +202,7 @@ def publish(
 
     Others as with `publish_lines`.
     """
-    publish_lines(where, node, {run: line}, record, report)
+    publish_lines(where, node, {run: line}, record, report=report)
 
 
 def publish_lines(
@@ -205,6 +210,7 @@ def publish_lines(
     node: Node,
     lines: Mapping[Key, Line],
     record: dict[str, Any],
+    is_over: bool = False,
     report: dict[str, Any] | None = None,
 ) -> None:
     """Set lines on a node, and tell the client.
@@ -216,6 +222,7 @@ def publish_lines(
         node: the node that it is about.
         lines: what to say, as with `publish`.
         record: the run's counts.
+        is_over: whether the run is over, and one of the prompt's own: its counts belong to the prompt's.
         report: what the node itself measured, if that is what is told.
     """
     with _lock:
@@ -234,6 +241,8 @@ def publish_lines(
             verdict.put(run, {"sampler": where.sampler, **asdict(line)})
         verdict.record = record
         verdict.report = verdict.report if report is None else report
+        if is_over:
+            verdict.totals = {name: verdict.totals.get(name, 0) + record[name] for name in SUMMED}
         _keep(verdict)
         data = verdict.as_dict()
     try:

@@ -34,6 +34,7 @@ class CompileVAE(Settings):
 
     stem = "compile_vae"
     title = "Compile VAE"
+    has_blocks = False
 
 
 def compiled(node: type[io.ComfyNode], vae: Any, settings: CompileVAE) -> Any:
@@ -51,7 +52,8 @@ def compiled(node: type[io.ComfyNode], vae: Any, settings: CompileVAE) -> Any:
             if vae.latent_dim != 2:
                 raise RuntimeError(
                     f"{settings.title}: this node compiles autoencoders of images, but this VAE "
-                    f"({type(module).__name__}) is none. Take the node out."
+                    f"({type(module).__name__}) is none. Take the node out; what decodes its latents faster is Tiny "
+                    "VAE, where there is one for the model."
                 )
             backend = backends.find(settings, vae.device)
             vae = stages.with_stage(vae, CompiledStage(None, settings, source, backend))

@@ -146,9 +146,11 @@ def _check(settings: FP16Fix, vae: Any) -> None:
         except RuntimeError as error:
             why = f"of this one {error}"
     if why:
+        halves = [NAMES[dtype] for dtype in vae.working_dtypes if dtype in (torch.float16, torch.bfloat16)]
+        itself = f": ComfyUI runs it in {' or '.join(halves)} by itself, where the device can" if halves else ""
         raise RuntimeError(
             f"{settings.title}: this node changes KL autoencoders of images, as SD, SDXL, SD3 and Flux have them, but "
-            f"{why}. Take the node out."
+            f"{why}. Take the node out{itself}."
         )
 
 

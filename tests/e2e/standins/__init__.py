@@ -31,12 +31,16 @@ STANDINS = {
 }
 """The tiniest is for templates that compile; the minimal has attention at each level."""
 
+TRANSFORMERS = {"flux1": "Flux", "qwen_image": "Qwen-Image", "z_image": "Z-Image", "wan2": "Wan 2.1"}
+"""Families of `small_models`, by what the files of diffusion models and text encoders begin with."""
+
 
 class Clip:
     """What the host's text encoding nodes need of a CLIP: a text gives noise that depends on it."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, pooled: int = 1280):
         self.width = width
+        self.pooled = pooled
 
     def tokenize(self, text: str) -> str:
         return text
@@ -44,7 +48,7 @@ class Clip:
     def encode_from_tokens_scheduled(self, tokens: str, add_dict: dict | None = None) -> list:
         generator = torch.Generator().manual_seed(sum(tokens.encode()))
         context = torch.randn(1, 77, self.width, generator=generator)
-        return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator), **(add_dict or {})}]]
+        return [[context, {"pooled_output": torch.randn(1, self.pooled, generator=generator), **(add_dict or {})}]]
 
 
 def small(name: str):
@@ -70,6 +74,31 @@ def load_or_stand_in(path, *args, **kwargs):
 
 
 comfy.sd.load_checkpoint_guess_config = load_or_stand_in
+
+
+def load_transformer(path, *args, **kwargs):
+    name = next(name for start, name in TRANSFORMERS.items() if Path(path).name.startswith(start))
+    return small_models.transformer(name)
+
+
+def load_text_encoder(*args, **kwargs):
+    """That of every family of transformers: their small models are equally wide."""
+    return Clip(64, pooled=32)
+
+
+comfy.sd.load_diffusion_model = load_transformer
+comfy.sd.load_clip = load_text_encoder
+
+
+def put_vaes() -> None:
+    """Small ones in the files of VAEs, of which the host finds out by itself what they are."""
+    folder = Path(folder_paths.get_folder_paths("vae")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, weights in small_models.vae_files().items():
+        save_file(weights, folder / f"{name}.safetensors")
+
+
+put_vaes()
 
 
 def put_tiny_vae() -> None:

@@ -1,17 +1,24 @@
-"""The UNet of one run, compiled: its blocks, or all of it. Installed for each call, and taken back after it."""
+"""The model of one run, compiled: its blocks, or all of it. Installed for each call, and taken back after it.
+
+A UNet's blocks are known: those that residual and transformer blocks repeat, and DeepCache runs some of them alone. Of
+every other model they are found by looking (`blocks`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+from comfy.patcher_extension import WrappersMP
 from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from ...compiling import backends
 from ...compiling.functions import STEADY_CALLS, Announce, Compiler
@@ -19,14 +26,30 @@ from ...compiling.settings import Settings
 from ...compiling.tally import Tally
 from ..host import machine
 from ..host.artifacts import Keeper
+from ..plan import models
+from ..plan.plan import KEY
 from . import attention
+from .blocks import (
+    OPTIONS,
+    PATCHED,
+    CompiledBlock,
+    Forward,
+    called,
+    for_graph,
+    installed,
+    repeated,
+    unsuited,
+    weights_form,
+    words,
+)
 from .unet import HostUNetCall, capturing, outer_blocks
 
-Forward = Callable[..., torch.Tensor]
+Found = TypeVar("Found", bound="Prepared")
+Call = TypeVar("Call", bound="HostUNetCall | ModelCall")
 
 
-class UNetCompiling:
-    """Compiles the UNets of one run: the model's, and on several GPUs its copies.
+class Compiling:
+    """Compiles the models of one run: the guider's, and on several GPUs its copies.
 
     Args:
         settings: what was set.
@@ -41,7 +64,8 @@ class UNetCompiling:
     ):
         self.settings = settings
         self.backend = backends.find(settings, patcher.load_device)
-        self.tally = Tally(self.backend.name, "UNet call")
+        is_unet = models.is_image_unet(patcher.model.diffusion_model)
+        self.tally = Tally(self.backend.name, "UNet call" if is_unet else "model call")
         # They change weights within the run, which a backend that keeps weights can't follow.
         self.has_hooks = bool(patcher.hook_patches) and not self.backend.shares_graphs(settings)
         self.family = type(patcher.model.model_config).__name__
@@ -49,16 +73,27 @@ class UNetCompiling:
         self._keeper = keeper
         self._announce = announce
         self._has_operations = has_operations
-        self._prepared: dict[int, Prepared] = {}
+        self._prepared: dict[int, Any] = {}
 
     def around(self, call: HostUNetCall) -> CompiledUNetCall:
-        """A call of the UNet that runs compiled."""
-        unet = call.unet
-        prepared = self._prepared.get(id(unet))
+        """A call of a UNet that runs compiled."""
+        return CompiledUNetCall(call, self._prepare(call.unet, call.x.device, PreparedUNet), self)
+
+    def around_model(self, module: nn.Module, call: ModelCall) -> CompiledModelCall:
+        """A call of any other model that runs compiled.
+
+        Args:
+            module: the host's diffusion model.
+            call: what it is given.
+        """
+        return CompiledModelCall(module, call, self._prepare(module, call.x.device, PreparedModel), self)
+
+    def _prepare(self, module: Any, device: torch.device, kind: Callable[..., Found]) -> Found:
+        prepared = self._prepared.get(id(module))
         if prepared is None:
             # Dynamo's graphs take the module along with its inputs: all models of a kind share them.
-            owner = None if self.backend.shares_graphs(self.settings) else unet
-            if owner is not None and is_quantized(unet):
+            owner = None if self.backend.shares_graphs(self.settings) else module
+            if owner is not None and is_quantized(module):
                 raise RuntimeError(
                     f"{self.settings.title}: {self.backend.name} keeps weights, and can't keep quantized ones. Set "
                     "backend to inductor with mode default or max-autotune-no-cudagraphs, or take Quantize Model out."
@@ -66,12 +101,12 @@ class UNetCompiling:
             key = (self.settings, self.backend.name, self._has_operations)
             compiler = self._keeper.get(owner, key, lambda: Compiler(self.settings, self.backend))
             compiler.begin(self.tally, self._announce)
-            compiler.follow(unet)
-            prepared = self._prepared[id(unet)] = Prepared(unet, compiler, call.x.device)
+            compiler.follow(module)
+            prepared = self._prepared[id(module)] = kind(module, compiler, device)
             self.tally.units = prepared.told
             for why, number in prepared.left_out.items():
                 self.tally.notes[f"{number} of {prepared.total} blocks run without graphs: {why}"] = None
-        return CompiledUNetCall(call, prepared, self)
+        return prepared
 
     def end(self) -> None:
         """The run is over."""
@@ -81,7 +116,35 @@ class UNetCompiling:
 
 
 class Prepared:
-    """A UNet as it is in this run: which of its blocks can be compiled, and their compiled forwards.
+    """A model as it is in one run: which of its blocks can be compiled, and their compiled forwards.
+
+    Attributes:
+        compiler: what makes and keeps the graphs.
+        forwards: of the blocks that can be.
+        left_out: why others can't, and how many.
+        total: of the blocks.
+        told: what is compiled, for the verdict.
+        weights: how they are, in the user's words.
+    """
+
+    def __init__(self, module: nn.Module, compiler: Compiler):
+        self.compiler = compiler
+        self.weights = _weights(module)
+        self.forwards: list[tuple[nn.Module, Forward]] = []
+        self.left_out: Counter[str] = Counter()
+        self.total = 0
+        self.told = ""
+
+    def _add(self, block: nn.Module, why: str | None, make: Callable[[], Forward]) -> None:
+        self.total += 1
+        if why is None:
+            self.forwards.append((block, make()))
+        else:
+            self.left_out[why] += 1
+
+
+class PreparedUNet(Prepared):
+    """A UNet.
 
     Args:
         unet: the host's UNetModel, loaded.
@@ -90,43 +153,23 @@ class Prepared:
     """
 
     def __init__(self, unet: Any, compiler: Compiler, device: torch.device):
+        super().__init__(unet, compiler)
         self.unet = unet
-        self.compiler = compiler
-        self.left_out: Counter[str] = Counter()
-        self.forwards: list[tuple[nn.Module, Forward]] = []
-        self.total = 0
-        self.weights = "quantized" if is_quantized(unet) else "as they are"
         for level, block in _blocks(unet):
-            self.total += 1
-            why = machine.unsuited(block, device)
-            if why is None:
-                kind = (type(block).__name__, level, _geometry(block))
-                make = _residual if isinstance(block, ResBlock) else _transformer
-                self.forwards.append((block, make(block, kind, compiler)))
-            else:
-                self.left_out[why] += 1
+            kind = (type(block).__name__, level, weights_form(block))
+            make = _residual if isinstance(block, ResBlock) else _transformer
+            self._add(block, machine.unsuited(block, device), partial(make, block, kind, compiler))
         is_whole = compiler.settings.is_whole
         # Everything else in the UNet must be as the blocks are.
         self.unsuited = _unsuited(unet, device) if is_whole else None
-        self.geometry = _geometry(unet) if is_whole else ()
+        self.geometry = weights_form(unet) if is_whole else ()
         self.told = "the UNet" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """The compiled forwards on the blocks, for one call. What is around a block's forward, such as hooks, stays."""
-        try:
-            for block, forward in self.forwards:
-                block.__dict__["forward"] = forward
-            yield
-        finally:
-            for block, _ in self.forwards:
-                block.__dict__.pop("forward", None)
 
+class _CompiledCall(Generic[Call, Found]):
+    """What calls of a UNet and of other models share."""
 
-class CompiledUNetCall:
-    """`methods.method.UNetCall`, compiled."""
-
-    def __init__(self, call: HostUNetCall, prepared: Prepared, run: UNetCompiling):
+    def __init__(self, call: Call, prepared: Found, run: Compiling):
         self.call = call
         self.prepared = prepared
         self.compiler = prepared.compiler
@@ -134,6 +177,24 @@ class CompiledUNetCall:
         self.family = run.family
         self.has_hooks = run.has_hooks
         self.downscale = run.downscale
+
+    def _given(self) -> dict[str, Any]:
+        """What graphs may depend on beside the size, in the user's words."""
+        call = self.call
+        return {
+            "batch": call.x.shape[0],
+            "prompt length": 0 if call.context is None else call.context.shape[1],
+            "precision": str(call.x.dtype).removeprefix("torch."),
+            "weights": self.prepared.weights,
+            "attention": attention.described(call.options),
+        }
+
+
+class CompiledUNetCall(_CompiledCall[HostUNetCall, PreparedUNet]):
+    """`methods.method.UNetCall`, compiled."""
+
+    def __init__(self, call: HostUNetCall, prepared: PreparedUNet, run: Compiling):
+        super().__init__(call, prepared, run)
         self.keys = call.keys
 
     def full(self, branch: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -174,17 +235,8 @@ class CompiledUNetCall:
 
     def _shape(self) -> dict[str, Any]:
         """What graphs may depend on, in the user's words."""
-        call = self.call
-        height, width = (side * self.downscale for side in call.x.shape[-2:])
-        return {
-            "model": self.family,
-            "resolution": f"{width}x{height}",
-            "batch": call.x.shape[0],
-            "prompt length": 0 if call.context is None else call.context.shape[1],
-            "precision": str(call.x.dtype).removeprefix("torch."),
-            "weights": self.prepared.weights,
-            "attention": attention.described(call.options),
-        }
+        height, width = (side * self.downscale for side in self.call.x.shape[-2:])
+        return {"model": self.family, "resolution": f"{width}x{height}", **self._given()}
 
     def _not_whole(self) -> str | None:
         """Why this call can't be one graph: another node's code runs inside the UNet, which no graph may keep."""
@@ -192,24 +244,14 @@ class CompiledUNetCall:
         if self.prepared.unsuited:
             return self.prepared.unsuited
         if self.has_hooks:
-            return "hooks change the weights within the run"
+            return HOOKED
         if call.kwargs and any(value is not None for value in call.kwargs.values()):
             return "the model is given further inputs"
-        if attention.is_overridden(call.options):
-            return "another node overrides its attention"
-        if attention.OVERRIDE in call.options and self.compiler.settings.records_cuda_graphs:
-            return "CUDA graphs would keep the kernel that Attention Backend chose"
-        for name in ("patches", "patches_replace"):
-            found = sorted(kind for kind, entries in (call.options.get(name) or {}).items() if entries)
-            if found:
-                return f"the inside of the UNet is patched ({', '.join(found)})"
-        if call.has_wrappers_inside:
-            return "another node wraps the UNet from inside"
-        return None
+        return _not_plain(call.options, call.has_wrappers_inside, self.compiler.settings, "UNet")
 
     def _by_blocks(self, host: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> tuple[torch.Tensor, ...]:
-            with self.prepared.installed():
+            with installed(self.prepared.forwards):
                 return tuple(value for value in host() if value is not None)
 
         return run
@@ -257,13 +299,218 @@ class CompiledUNetCall:
         self.compiler.timed(shape, seconds[1:])
 
 
-# Blocks
+class PreparedModel(Prepared):
+    """Any other model.
+
+    Args:
+        module: the host's diffusion model, loaded.
+        compiler: what makes and keeps the graphs.
+        device: where it runs.
+    """
+
+    def __init__(self, module: nn.Module, compiler: Compiler, device: torch.device):
+        super().__init__(module, compiler)
+        # The most first: one of them is timed.
+        for kind, blocks in sorted(repeated(module).items(), key=lambda entry: -len(entry[1])):
+            known = words(blocks[0])
+            for block in blocks:
+                self._add(block, unsuited(block, device), partial(CompiledBlock, block, kind, known, compiler))
+        is_whole = compiler.settings.is_whole
+        self.unsuited = unsuited(module, device) if is_whole else None
+        self.kind = ("whole", type(module), weights_form(module)) if is_whole else ()
+        self.words = words(module) if is_whole else frozenset()
+        self.told = "the model" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What a model is given at the host's APPLY_MODEL.
+
+    Attributes:
+        x: noisy latents, (B, C, ...).
+        context: the prompts, (B, tokens, width); None if there are none.
+        control: a ControlNet's residuals by their places; None if there is none.
+        options: the host's options for this call.
+        run: makes the call.
+    """
+
+    x: torch.Tensor
+    context: torch.Tensor | None
+    control: dict[str, Any] | None
+    options: dict[str, Any]
+    run: Callable[[], torch.Tensor]
+
+
+class CompiledModelCall(_CompiledCall[ModelCall, PreparedModel]):
+    """A call of a model that is no UNet, compiled."""
+
+    def __init__(self, module: nn.Module, call: ModelCall, prepared: PreparedModel, run: Compiling):
+        super().__init__(call, prepared, run)
+        self.module = module
+
+    def run(self) -> torch.Tensor:
+        """Make it."""
+        compiler, settings = self.compiler, self.compiler.settings
+        shape = self._shape()
+        why = self._not_whole() if settings.is_whole else None
+        forwards = self.prepared.forwards
+        if settings.is_whole and why is None:
+            shape |= {"compiled": "whole", "ControlNet": "off" if self.call.control is None else "on"}
+            forwards = [(self.module, self._whole)]
+        elif compiler.backend.takes_modules or settings.records_cuda_graphs:
+            # What was recorded can't see what another node changes inside.
+            self.tally.eager[why or ""] += 1
+            return self.call.run()
+        else:
+            if why is not None:
+                self.tally.notes[f"block by block, since {why}"] = None
+            if not forwards:
+                none = "no block can be compiled" if self.prepared.total else "no two of its blocks are alike"
+                self.tally.eager[none] += 1
+                return self.call.run()
+            shape |= {"compiled": "in blocks"}
+            forwards = self._timed(forwards, shape)
+
+        def run() -> torch.Tensor:
+            with installed(forwards):
+                return self.call.run()
+
+        output: torch.Tensor = compiler.call(shape, run, None)
+        return output
+
+    def _shape(self) -> dict[str, Any]:
+        """What graphs may depend on, in the user's words."""
+        sides = self.call.x.shape[2:]
+        shape: dict[str, Any] = {"model": self.family}
+        if len(sides) > 1:
+            height, width = (side * self.downscale for side in sides[-2:])
+            shape["resolution"] = f"{width}x{height}"
+        if len(sides) != 2:
+            shape["length"] = sides[0]
+        return shape | self._given()
+
+    def _timed(
+        self, forwards: list[tuple[nn.Module, Forward]], shape: dict[str, Any]
+    ) -> list[tuple[nn.Module, Forward]]:
+        """These forwards, one of which is timed, so that the gain can be told: before anything is compiled without its
+        graph, on copies of what it is given, and then with it. A whole call would take too long for that."""
+        options, compiler = self.call.options, self.compiler
+        if not compiler.is_untimed and not compiler.is_timing(shape):
+            return forwards
+        # Other nodes' code may count or draw random numbers.
+        is_patched = any(entries for name in PATCHED for entries in (options.get(name) or {}).values())
+        if is_patched or attention.is_overridden(options):
+            return forwards
+        (block, forward), *rest = forwards
+        self.tally.timed = "block"
+        return [(block, partial(self._timing, block, forward, shape)), *rest]
+
+    def _timing(self, block: nn.Module, forward: Forward, shape: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        compiler, device = self.compiler, self.call.x.device
+        if compiler.is_untimed:
+            # Such as a cache of what it saw before.
+            has_state = any(isinstance(value, dict) for name, value in kwargs.items() if name != OPTIONS)
+            seconds = []
+            for _ in range(0 if has_state else 1 + STEADY_CALLS):
+                # It may write into what it is given.
+                copies, named = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+                began = machine.clock(device)
+                called(block, copies, named)
+                seconds.append(machine.clock(device) - began)
+            compiler.timed(shape, seconds[1:])
+            return forward(*args, **kwargs)
+        began = machine.clock(device)
+        output = forward(*args, **kwargs)
+        compiler.steady(machine.clock(device) - began)
+        return output
+
+    def _not_whole(self) -> str | None:
+        """Why this call can't be one graph: another node's code runs inside the model, which no graph may keep."""
+        if self.prepared.unsuited:
+            return self.prepared.unsuited
+        if self.has_hooks:
+            return HOOKED
+        options = self.call.options
+        wrappers = (options.get("wrappers") or {}).get(WrappersMP.DIFFUSION_MODEL) or {}
+        is_wrapped = any(entries for key, entries in wrappers.items() if key != KEY)
+        return _not_plain(options, is_wrapped, self.compiler.settings, "model")
+
+    def _whole(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, in one graph."""
+        compiler, options = self.compiler, kwargs.get(OPTIONS) or {}
+        given = for_graph(options)
+        with attention.using(options):
+            if compiler.backend.takes_modules:
+                known = self.prepared.words
+                given = {name: value for name, value in given.items() if name in known or name == attention.OVERRIDE}
+                output = self._as_module(args, {**kwargs, OPTIONS: given})
+            else:
+                output = compiler.function(self.prepared.kind, called)(self.module, args, {**kwargs, OPTIONS: given})
+        # Copies: a backend may write its next result where this one is.
+        return tree_map_only(torch.Tensor, torch.clone, output)
+
+    def _as_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By a backend that takes a module of tensors alone: what else there is, is part of it."""
+        leaves, layout = tree_flatten((args, kwargs))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        are_tensors = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        key = (self.prepared.kind, repr(layout), repr(constants), are_tensors)
+        make = lambda: _Flat(self.module, constants, are_tensors, layout)  # noqa: E731
+        return self.compiler.module(key, make, tensors)(*tensors)
+
+
+class _Flat(nn.Module):
+    """A model as a module of tensors alone."""
+
+    def __init__(self, module: nn.Module, constants: tuple[Any, ...], are_tensors: tuple[bool, ...], layout: TreeSpec):
+        super().__init__()
+        self.module = module
+        self.constants = constants
+        self.are_tensors = are_tensors
+        self.layout = layout
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        rest = iter(tensors)
+        leaves = [
+            next(rest) if is_one else constant
+            for is_one, constant in zip(self.are_tensors, self.constants, strict=True)
+        ]
+        args, kwargs = tree_unflatten(leaves, self.layout)
+        return called(self.module, args, kwargs)
+
+
+HOOKED = "hooks change the weights within the run"
+
+
+def _not_plain(options: dict[str, Any], is_wrapped: bool, settings: Settings, noun: str) -> str | None:
+    """What other nodes do inside a model in a call with these options, so that it can't be one graph; None if
+    nothing."""
+    if attention.is_overridden(options):
+        return "another node overrides its attention"
+    if attention.OVERRIDE in options and settings.records_cuda_graphs:
+        return "CUDA graphs would keep the kernel that Attention Backend chose"
+    for name in PATCHED:
+        found = sorted(kind for kind, entries in (options.get(name) or {}).items() if entries)
+        if found:
+            return f"the inside of the {noun} is patched ({', '.join(found)})"
+    return f"another node wraps the {noun} from inside" if is_wrapped else None
+
+
+# A UNet's blocks
 
 
 def _unsuited(unet: Any, device: torch.device) -> str | None:
     """Why no graph should be made of a whole UNet; None if one may."""
     run_inside = (type(unet)._forward, openaimodel.forward_timestep_embed, openaimodel.apply_control)
     return machine.unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
+
+
+def _weights(module: nn.Module) -> str:
+    """What weights are, as far as graphs depend on it: those that the host patches it makes anew, in inference mode."""
+    if is_quantized(module):
+        return "quantized"
+    return "patched" if any(weight.is_inference() for weight in module.parameters()) else "as they are"
 
 
 def is_quantized(unet: nn.Module) -> bool:
@@ -281,11 +528,6 @@ def _blocks(unet: Any) -> Iterator[tuple[int, nn.Module]]:
                 if isinstance(module, (ResBlock, BasicTransformerBlock)):
                     yield level, module
             level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
-
-
-def _geometry(block: nn.Module) -> tuple[Any, ...]:
-    """What two blocks must share to share a graph. Dynamo checks the rest."""
-    return tuple((name, tuple(weight.shape), weight.dtype) for name, weight in block.named_parameters())
 
 
 def _residual(block: nn.Module, kind: Any, compiler: Compiler) -> Forward:
