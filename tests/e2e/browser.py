@@ -452,7 +452,7 @@ class Page:
         if "prompt_id" in answer:
             return str(answer["prompt_id"])
         if "node_errors" not in answer:
-            return Outcome("refused", "", answer["message"])
+            return Outcome("refused", "", answer["error"])
         errors = [
             error["details"] or error["message"] for node in answer["node_errors"].values() for error in node["errors"]
         ]
