@@ -5,8 +5,8 @@ files. The server shows us each prompt before it is queued: that is where the di
 into that of its own prompt and of every other one that waits with the same sampler and the same nodes before it, since
 the host's cache may answer for these, and nothing of ours runs then. So they are also kept for prompts to come.
 
-Where a prompt is shown without that dict (an API client sends none; ComfyUI-Distributed makes one afterwards), the prompt
-itself has them, which is written into the files too: each sampler's node in its `_meta`, which is free for anything.
+Where a prompt is shown without that dict (an API client sends none; ComfyUI-Distributed makes one afterwards), the
+prompt itself has them, which is written into the files too: each sampler's node in its `_meta`, free for anything.
 """
 
 from __future__ import annotations
