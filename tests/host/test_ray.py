@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import sys
 
 import hosted
@@ -35,38 +36,43 @@ NODES = {
 }
 
 
-class StandIn:
-    """What raylight's worker is to the recipe: a process that keeps a ModelPatcher, and runs a function on it; its
-    sampler is the host's."""
+def stand_in():
+    """The class of the workers. Made here, so that Ray sends it as it is, and does not look for this file there."""
 
-    def __init__(self, tests: str, comfyui: str) -> None:
-        import sys
-        from pathlib import Path
+    class StandIn:
+        """What raylight's worker is to the recipe: a process that keeps a ModelPatcher, and runs a function on it; its
+        sampler is the host's."""
 
-        sys.path[:0] = [tests, str(Path(tests) / "host")]
-        import torch
-        from loading import load_host, load_pack
+        def __init__(self, tests: str, comfyui: str) -> None:
+            import sys
+            from pathlib import Path
 
-        load_host(Path(comfyui))
-        torch.set_num_threads(1)
-        # For the helpers of the tests, which know the pack by that name. What the recipe imports is another one.
-        load_pack()
-        import hosted
+            sys.path[:0] = [tests, str(Path(tests) / "host")]
+            import torch
+            from loading import load_host, load_pack
 
-        self.hosted = hosted
-        self.model = hosted.model("minimal")
+            load_host(Path(comfyui))
+            torch.set_num_threads(1)
+            # For the helpers of the tests, which know the pack by that name. What the recipe imports is another one.
+            load_pack()
+            import hosted
 
-    def model_function_runner(self, fn, *args, **kwargs):
-        self.model = fn(self.model, *args, **kwargs)
+            self.hosted = hosted
+            self.model = hosted.model("minimal")
 
-    def sample(self):
-        return self.hosted.sample(self.model, steps=8).numpy()
+        def model_function_runner(self, fn, *args, **kwargs):
+            self.model = fn(self.model, *args, **kwargs)
 
-    def told(self):
-        import sys
+        def sample(self):
+            return self.hosted.sample(self.model, steps=8).numpy()
 
-        kept = sys.modules["slipstream.nodes.engine.telling.history"]._kept
-        return [(name, line.state, line.text) for run in kept.values() for name, line in run.told]
+        def told(self):
+            import sys
+
+            kept = sys.modules["slipstream.nodes.engine.telling.history"]._kept
+            return [(name, line.state, line.text) for run in kept.values() for name, line in run.told]
+
+    return StandIn
 
 
 def recipe():
@@ -87,17 +93,22 @@ def custom_nodes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def actors():
+def actors(tmp_path_factory):
+    # Without one of its own, Ray writes one into the user's home.
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text(secrets.token_hex(32))
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), FOLDER)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         ray.init(
             num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, _node_ip_address="127.0.0.1",
             log_to_driver=False, configure_logging=False,
         )  # fmt: skip
+        worker = ray.remote(stand_in())
         try:
-            made = [ray.remote(StandIn).remote(str(ROOT / "tests"), str(find_comfyui())) for _ in range(2)]
+            made = [worker.remote(str(ROOT / "tests"), str(find_comfyui())) for _ in range(2)]
             yield {"workers": made}
         finally:
             ray.shutdown()
@@ -132,5 +143,5 @@ def test_a_plan_that_cannot_be_used_is_refused_in_our_words(stem, settings, word
         recipe()(actors, json.dumps(plan), custom_nodes)
 
     send("deepcache", {"cache_interval": 2})
-    with pytest.raises(ray.exceptions.RayTaskError, match=words):
+    with pytest.raises(ray.exceptions.RayError, match=words):
         send(stem, settings)
