@@ -220,6 +220,14 @@ def test_an_image_of_the_master_tells_its_plan_and_which_workers_took_part(maste
         assert NAME not in image.text["prompt"]
 
 
+def test_where_the_master_delegates_all_its_images_have_the_workflow_alone(master, worker):
+    ids = employ(master, worker)
+    data = request_of(graph(10 * next(seeds)), ids) | {"delegate_master": True}
+    (image,) = pictures(master, master.wait_for(master.post("/distributed/queue", data)["prompt_id"]))
+    assert json.loads(image.text["workflow"]) == data["workflow"]
+    assert "slipstream" not in image.text["prompt"].lower()
+
+
 # The page
 
 
