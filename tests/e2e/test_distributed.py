@@ -220,6 +220,14 @@ def test_an_image_of_the_master_tells_its_plan_and_which_workers_took_part(maste
         assert NAME not in image.text["prompt"]
 
 
+def test_where_the_master_delegates_all_its_images_have_the_workflow_alone(master, worker):
+    ids = employ(master, worker)
+    data = request_of(graph(10 * next(seeds)), ids) | {"delegate_master": True}
+    (image,) = pictures(master, master.wait_for(master.post("/distributed/queue", data)["prompt_id"]))
+    assert json.loads(image.text["workflow"]) == data["workflow"]
+    assert "slipstream" not in image.text["prompt"].lower()
+
+
 # The page
 
 
@@ -279,6 +287,11 @@ def test_a_worker_without_the_pack_is_told_in_one_sentence(browser, master, tmp_
         with opened(browser, master, request) as page:
             page.load(workflow.data)
             assert page.run().status == "refused"
+            # Distributed's own message, and the host's dialog, hide the nodes.
+            page.page.get_by_text(MISSING, exact=True).last.wait_for()
+            assert any(MISSING in text for text in page.errors())
+            keep_picture(page, f"{request.node.name}-at-once")
+            page.close_errors()
             for name in OURS:
                 assert texts(page, workflow.id(name)) == [("failed", MISSING)]
         with opened(browser, master, request, settings={"Comfy.Locale": "zh"}) as page:
