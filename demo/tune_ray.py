@@ -24,7 +24,9 @@ from typing import Any
 
 from workspace import PACK, say
 
-SENT = {"excludes": [".git", "/tests/e2e", "/tests/released", "/training", "/benchmarks/results", "*.jpg", "*.png"]}
+SENT = {
+    "excludes": [".*", "__pycache__", "/tests/e2e", "/tests/released", "/training", "/benchmarks", "*.jpg", "*.png"]
+}
 """What of this folder the workers do not need."""
 
 READY_S = 600
