@@ -176,6 +176,7 @@ class Evaluation:
             that under a budget.
         is_reused: whether the positive alone was evaluated in it, with the guidance of earlier ones.
         error: what that leaves in the latent, relative to it.
+        is_observed: whether a method looks at what layers are given in it: nothing of it runs compiled.
     """
 
     step: int
@@ -187,6 +188,7 @@ class Evaluation:
     budget: float | None = None
     is_reused: bool = False
     error: float = 0.0
+    is_observed: bool = False
 
 
 class Guidance(Protocol):
@@ -342,6 +344,40 @@ class Quantizer(Protocol):
         """Whether the weights that were quantized leave the device, where the host loaded all or part of the model."""
 
 
+@dataclass
+class Pruned(Quantized):
+    """Linear layers with 2:4 sparse weights.
+
+    Attributes:
+        errors: of each layer's outputs, relative to them, by the layers that are pruned.
+        work: their share of all linear layers' multiplications.
+        why_dense: why their products are computed as any others, in words that follow ``since``; empty if by kernels
+            for sparse weights.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict, kw_only=True)
+    work: float = field(default=0.0, kw_only=True)
+    why_dense: str = field(default="", kw_only=True)
+
+
+class Pruner(Protocol):
+    """Which layers get 2:4 sparse weights. Hashable and equal if the same comes of it."""
+
+    @property
+    def sparse_error(self) -> float:
+        """The most that a layer's outputs may lose, relative to them."""
+
+    @property
+    def sparse_share(self) -> float:
+        """The most of all multiplications that these layers may have, those first that have most."""
+
+    def leaves_out(self, path: str, layer: torch.nn.Linear, is_in_block: bool) -> str | None:
+        """As `Quantizer.leaves_out`."""
+
+    def should_offload(self, is_partially_loaded: bool) -> bool:
+        """As `Quantizer.should_offload`."""
+
+
 class ModelCall(Protocol):
     """One call of the model: one batch of conditions. Its weights are loaded, its inputs not yet cast."""
 
@@ -382,6 +418,13 @@ class ModelCall(Protocol):
 
     def quantizing(self, quantizer: Quantizer) -> AbstractContextManager[Quantized]:
         """Computes the call with quantized weights in the linear layers."""
+
+    def observing(self, pruner: Pruner, attempt: int) -> AbstractContextManager[None]:
+        """Looks at what linear layers are given in this call of an evaluation that is observed, and forgets what an
+        earlier attempt at it gave them."""
+
+    def pruning(self, pruner: Pruner) -> AbstractContextManager[Pruned]:
+        """Computes the call with 2:4 sparse weights in the linear layers, corrected by what was observed."""
 
 
 class UNetCall(Protocol):
@@ -492,6 +535,10 @@ class MethodRun:
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
         """Around the model's part in an evaluation, of all conditions at once. Returns what `call.evaluate` does."""
+        raise NotImplementedError
+
+    def observes(self, evaluation: Evaluation) -> bool:
+        """Before one evaluation: whether this method looks at what layers are given in it."""
         raise NotImplementedError
 
     def accepts(self, evaluation: Evaluation, denoised: Tensor) -> bool:
