@@ -83,7 +83,7 @@ class SlipstreamQuantize(io.ComfyNode):
                     step=0.05,
                     round=0.01,
                     optional=True,
-                    tooltip="2:4 sparse: the most of the layers' multiplications to prune, the largest layers first.",
+                    tooltip="2:4 sparse: the most of the layers' multiplications to prune, those first that save most for what they lose.",
                     advanced=True,
                 ),
             ],

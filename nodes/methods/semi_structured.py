@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from itertools import combinations
-from math import ceil
+from math import ceil, inf, isfinite
 from typing import Any
 
 import torch
@@ -104,9 +104,11 @@ class Inputs:
             moments.addmm_(rows[:, span].T, rows[:, span])
 
     def error(self, weight: Tensor, pruned: Tensor) -> float:
-        """How far the outputs of two weights (out, in) are apart, relative to the first's; NaN where those are zero."""
+        """How far the outputs of two weights (out, in) are apart, relative to the first's; infinite where nothing can
+        be said: outputs that are zero, or not finite."""
         sample = torch.cat(self._samples)
-        return float((sample @ (weight - pruned).float().T).norm() / (sample @ weight.float().T).norm())
+        error = float((sample @ (weight - pruned).float().T).norm() / (sample @ weight.float().T).norm())
+        return error if isfinite(error) else inf
 
 
 def magnitudes(weight: Tensor, inputs: Inputs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 import comfy.model_management
 import hosted
@@ -20,7 +21,7 @@ from hosted import (
 )
 from small_models import transformer, transformer_latent, transformer_prompt
 
-MODEL = "SD20"
+MODEL = "base"
 """Its layers have the sides that kernels take."""
 
 method = hosted.method("semi_structured")
@@ -33,7 +34,7 @@ def sparse(patcher, node_id="1", **values):
 
 
 def draw(patcher, *args, **kwargs):
-    return sample(patcher, *args, **{"steps": 3, "image": hosted.latent(patcher, 8), **kwargs})
+    return sample(patcher, *args, **{"steps": 2, "image": hosted.latent(patcher, 8), **kwargs})
 
 
 def linear_layers(patcher):
@@ -65,11 +66,10 @@ def test_the_first_evaluation_is_dense_and_the_others_are_sparse(model, last_lin
     finally:
         handle.remove()
     assert not found[0]
-    assert found[1] == found[2]
     layers, total = len(found[1]), len(linear_layers(model))
     assert 0.5 * total < layers < total
     assert all("attn" in path or "ff" in path or "proj" in path for path in found[1])
-    assert 1e-3 < relative_error(image, own) < 0.5
+    assert 1e-6 < relative_error(image, own) < 0.5
     ((told, text),) = last_lines("1")
     assert told == "active"
     assert text.startswith(f"2:4 sparse: {layers} of {total} linear layers, ")
@@ -78,10 +78,15 @@ def test_the_first_evaluation_is_dense_and_the_others_are_sparse(model, last_lin
     assert text.endswith("; computed dense, so no faster and no smaller, since a CPU has no kernels for it")
 
 
-def test_corrected_is_nearer(model, monkeypatch):
-    exact, corrected = draw(model), draw(sparse(model))
+def test_corrected_is_nearer(model, monkeypatch, last_lines):
+    def lost():
+        return float(re.search(r"outputs lose ([\d.]+)% at most", last_lines("1")[0][1])[1])
+
+    exact = draw(model)
+    corrected, least = relative_error(draw(sparse(model)), exact), lost()
     monkeypatch.setattr(method, "prune", method.magnitudes)
-    assert relative_error(corrected, exact) < 0.8 * relative_error(draw(sparse(model)), exact)
+    assert corrected < relative_error(draw(sparse(model)), exact)
+    assert least < 0.25 * lost()
 
 
 def test_the_same_settings_give_the_same_bits_whatever_ran_before(model):
@@ -145,22 +150,23 @@ def test_the_model_finds_its_own_weights_however_a_run_ends(end, call, model):
     finally:
         handle.remove()
     # One that looks, and none afterwards.
-    assert calls == [1, 0, 0][: 3 if end is None else call]
+    assert calls == [1, 0][: 2 if end is None else call]
     assert hosted.fingerprint(model.model) == before
     assert torch.equal(draw(model), exact)
 
 
 def test_between_two_calls_the_model_has_its_own_weights(model):
     draw(model)
-    before, found = hosted.fingerprint(model.model), []
-    draw(sparse(model), callback=lambda *_: found.append(hosted.fingerprint(model.model) == before))
-    assert found == [True] * 3
+    # But what the host knows of its patcher.
+    state = lambda: [one for one in hosted.fingerprint(model.model) if isinstance(one, tuple)]  # noqa: E731
+    before, found = state(), []
+    draw(sparse(model), callback=lambda *_: found.append(state() == before))
+    assert found == [True] * 2
 
 
 def test_of_an_evaluation_that_is_made_again_the_last_attempt_counts(model, monkeypatch):
     """What another method did not accept may be anything: not finite, for one."""
-    run = hosted.method("attention_backend")
-    kind = next(one for one in vars(run).values() if isinstance(one, type) and "accepts" in vars(one))
+    kind = hosted.method("attention_backend").AttentionBackendRun
 
     def both(patcher):
         return run_node("SlipstreamAttention", sparse(patcher), "2", backend="math")
@@ -172,24 +178,28 @@ def test_of_an_evaluation_that_is_made_again_the_last_attempt_counts(model, monk
         return not refused[-1]
 
     monkeypatch.setattr(kind, "accepts", accepts)
-    observed, look = [], hosted.engine("model.pruned").Inputs.add
-
-    def add(self, x):
-        # As it is after an attention that overflowed.
-        look(self, x * torch.nan if len(refused) == 0 else x)
-        observed.append(x.shape)
-
-    monkeypatch.setattr(hosted.engine("model.pruned").Inputs, "add", add)
+    look = method.Inputs.add
+    # As it is after an attention that overflowed.
+    monkeypatch.setattr(method.Inputs, "add", lambda self, x: look(self, x if refused else x * torch.nan))
     assert torch.equal(draw(both(model)), expected)
-    assert refused == [True, False, False, False]
+    assert refused == [True, False, False]
 
 
-def test_bounds_on_the_error_and_on_the_share_are_kept_the_largest_layers_first(model, last_lines):
+def test_bounds_on_the_error_and_on_the_share_are_kept(model, monkeypatch, last_lines):
     exact = draw(model)
     assert torch.equal(draw(sparse(model, sparse_error=0.0)), exact)
     ((told, text),) = last_lines("1")
     assert told == "inert"
     assert re.match(r"pruned none of \d+ linear layers; left out: \d+ whose outputs would lose more than", text)
+
+    own, gains = hosted.engine("model.pruned").PrunedLayers._prune, {}
+
+    def prune(self, layer, inputs):
+        found = own(self, layer, inputs)
+        gains[layer.path] = inputs.seen * layer.module.weight.numel() / found[0] ** 2
+        return found
+
+    monkeypatch.setattr(hosted.engine("model.pruned").PrunedLayers, "_prune", prune)
 
     def of(**values):
         found, handle = watch(model)
@@ -203,12 +213,14 @@ def test_bounds_on_the_error_and_on_the_share_are_kept_the_largest_layers_first(
     share = int(re.search(r"(\d+)% of the multiplications", text)[1])
     assert 35 < share <= 50
     assert "beyond sparse_share" in text
-    layers = linear_layers(model)
-    largest = max(whole, key=lambda path: layers[path].weight.numel())
-    assert largest in half
-    few, text = of(sparse_error=0.3)
+    # Of those that gain most for the square of what they lose.
+    taken, left = ([gains[path] for path in paths] for paths in (half, whole - half))
+    assert max(taken) == max(gains.values())
+    assert statistics.median(taken) > statistics.median(left)
+    most = float(re.search(r"outputs lose ([\d.]+)% at most", text)[1])
+    few, text = of(sparse_error=most / 200)
     assert few < whole
-    assert float(re.search(r"outputs lose ([\d.]+)% at most", text)[1]) <= 30
+    assert float(re.search(r"outputs lose ([\d.]+)% at most", text)[1]) <= most / 2
 
 
 def test_what_several_layers_are_given_is_kept_once(model, monkeypatch):
@@ -245,9 +257,9 @@ def test_kernels_are_used_where_they_are(model, monkeypatch, last_lines):
     assert "computed dense" not in text
 
 
-@pytest.mark.parametrize("name", ["Flux", "AuraFlow"])
+@pytest.mark.parametrize("name", ["Flux", "DiT"])
 def test_of_a_transformer_the_blocks_are_pruned(name, last_lines):
-    if name == "AuraFlow":
+    if name == "DiT":
         model, given, prompts = hosted.model("DiT"), {}, ()
     else:
         model = transformer(name)

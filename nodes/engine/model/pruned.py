@@ -17,6 +17,10 @@ from ...methods.semi_structured import Inputs
 from .quantized import Layers, StandIn, Unloading, _Layer
 
 
+LEAST = 1e-9
+"""What any layer is said to lose."""
+
+
 class PrunedLayers(Layers):
     """Those whose weights are pruned once it was observed what they are given.
 
@@ -101,44 +105,48 @@ class PrunedLayers(Layers):
             else:
                 used.append((layer, inputs, inputs.seen * layer.module.weight.numel()))
         total = sum(work for *_, work in used)
+        if pruner.sparse_share < 1:
+            # Each is pruned twice, as all of them at once would take as much memory as the model.
+            gains = {layer.path: work / self._prune(layer, inputs)[0] ** 2 for layer, inputs, work in used}
+            used.sort(key=lambda entry: -gains[entry[0].path])
         taken = 0
-        used.sort(key=lambda entry: -entry[2])
         while used:
             layer, inputs, work = used.pop(0)
             if taken + work > pruner.sparse_share * total:
                 self._leave(layer.module, "beyond sparse_share")
-            elif self._prune(layer, inputs):
-                taken += work
-                if is_offloading:
-                    unloading.add(layer.module)
-            else:
+                continue
+            error, layer.own = self._prune(layer, inputs)
+            if layer.own is None:
                 self._leave(layer.module, "whose outputs would lose more than sparse_error")
+                continue
+            taken += work
+            made.errors[layer.path] = error
+            self._layers.append(layer)
+            self._count(layer, layer.own)
+            if is_offloading:
+                unloading.add(layer.module)
         made.modules = len(self._layers)
         made.work = taken / max(1, total)
         made.offloaded_bytes = unloading.end()
         made.elapsed_s = time.perf_counter() - began
 
-    def _prune(self, layer: _Layer, inputs: Inputs) -> bool:
-        """Whether a layer's outputs lose little enough, and it has its stand-in."""
-        error = 0.0
+    def _prune(self, layer: _Layer, inputs: Inputs) -> tuple[float, StandIn | None]:
+        """What a layer's outputs lose, and its stand-in if that is little enough."""
+        error = torch.inf
 
         def make(weight: torch.Tensor) -> nn.Parameter | None:
             nonlocal error
             pruned = semi_structured.prune(weight.float(), inputs).to(weight.dtype)
-            error = inputs.error(weight, pruned)
+            error = max(LEAST, inputs.error(weight, pruned))
             if not error <= self._pruner.sparse_error:
                 return None
             kept = pruned if self.made.why_dense else semi_structured.packed(pruned)
-            return nn.Parameter(kept, requires_grad=False)
+            made = nn.Parameter(kept, requires_grad=False)
+            made.is_stand_in = True  # type: ignore[attr-defined]
+            return made
 
-        layer.own = self._made_of(layer.module, make)
-        if layer.own is None:
-            return False
-        layer.own.weight.is_stand_in = True  # type: ignore[attr-defined]
-        self.made.errors[layer.path] = error
-        self._layers.append(layer)
-        self._count(layer, layer.own)
-        return True
+        stand_in = self._made_of(layer.module, make)
+        return error, stand_in
 
     def _now(self, layer: _Layer) -> StandIn:
         assert layer.own is not None
