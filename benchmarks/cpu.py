@@ -38,6 +38,8 @@ OFF = {"winograd": "off", "bf16": False, "sdpa": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "SlipstreamCPU": {"winograd": "auto", "bf16": True, "sdpa": True},
+    "SlipstreamCPU, filters in 1024 MiB": {"filters_mib": 1024},
+    "SlipstreamCPU, filters in 512 MiB": {"filters_mib": 512},
     "winograd alone": {**OFF, "winograd": "auto"},
     "bf16 alone": {**OFF, "bf16": True},
     "sdpa alone": {**OFF, "sdpa": True},

@@ -5,8 +5,9 @@
 
 Each layer is pruned by what it is given in the first evaluation, as Quantize Model does it, and its error is told for
 what it is given there, half way and in the last one. Uncorrected: the smaller two of each four weights are zero, and
-the others as they were. Shares of the layers are those of their multiplications, those first that save most for the square of their error. All
-pictures are sampled at the seeds of the exact run. Nothing here is faster: a processor computes it dense.
+the others as they were. Shares of the layers are those of their multiplications, those first that save most for the
+square of their error. All pictures are sampled at the seeds of the exact run. Nothing here is faster: a processor
+computes it dense.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def page(report: dict[str, Any]) -> str:
             "|---|---|" + "---|" * (2 * len(MOMENTS)),
             *layers,
             "",
-            "Pictures against the exact ones, by the share of the layers' multiplications that is pruned, those "
-            "first that save most for the square of their error, and by the bound on what a layer's outputs may lose in the first evaluation:\n",
+            "Pictures against the exact ones, by the share of the layers' multiplications that is pruned, those first "
+            "that save most for the square of their error, and by the bound on what a layer's outputs may lose in the "
+            "first evaluation:\n",
             "| setting | correction | pruned | SSIM | worst SSIM | PSNR (dB) |",
             "|---|---|---|---|---|---|",
             *by_setting,

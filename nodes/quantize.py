@@ -28,7 +28,7 @@ class SlipstreamQuantize(io.ComfyNode):
                         "multiplies as before: less memory, closer to the original. fp8 dynamic needs an NVIDIA GPU of "
                         "compute capability 8.9 (RTX 40) or newer, or another one that multiplies in fp8. 2:4 sparse: "
                         "half of each layer's weights are left out, the rest corrected by what the first step of the "
-                        "run shows; faster on NVIDIA GPUs from RTX 30 on at best, and far from exact: see the help page."
+                        "run shows; faster on NVIDIA GPUs from RTX 30 on at best, and far from exact: see the help."
                     ),
                 ),
                 option(
@@ -83,7 +83,10 @@ class SlipstreamQuantize(io.ComfyNode):
                     step=0.05,
                     round=0.01,
                     optional=True,
-                    tooltip="2:4 sparse: the most of the layers' multiplications to prune, those first that save most for what they lose.",
+                    tooltip=(
+                        "2:4 sparse: the most of the layers' multiplications to prune, those first that save most for "
+                        "what they lose."
+                    ),
                     advanced=True,
                 ),
             ],

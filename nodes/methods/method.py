@@ -369,7 +369,7 @@ class Pruner(Protocol):
 
     @property
     def sparse_share(self) -> float:
-        """The most of the multiplications of all layers that it is for, those first that save most for what they lose."""
+        """The most of the multiplications of these layers, those first that save most for what they lose."""
 
     def leaves_out(self, path: str, layer: torch.nn.Linear, is_in_block: bool) -> str | None:
         """As `Quantizer.leaves_out`."""

@@ -112,7 +112,8 @@ class Quantize(Configuration):
     offload_originals: whether the weights that were quantized leave a GPU for the run: ``on``,
         ``off``; ``auto``: where the host could not load the whole model.
     sparse_error: 2:4 sparse: the most that a layer's outputs may lose, relative to them.
-    sparse_share: 2:4 sparse: the most of the layers' multiplications that are pruned, those first that save most for what they lose.
+    sparse_share: 2:4 sparse: the most of the layers' multiplications that are pruned, those first that save most for
+        what they lose.
     """
 
     scheme: str = "int8 dynamic"

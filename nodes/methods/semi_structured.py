@@ -1,10 +1,10 @@
 """2:4 sparsity: of each four weights in a row of a linear layer two become zero, and the rest make up for them.
 
 A layer's error is what its outputs lose, |X (W - V)^T| with its inputs X (rows, in). The inputs' second moments
-H = X^T X / rows tell it for any V, so that no inputs are kept: of wide layers in blocks along the diagonal, which bounds
-the memory. Which pair of each four goes is the one whose loss costs least when all other weights make up for it (optimal
-brain surgeon's w_p^T [H^-1]_pp^-1 w_p, for all six pairs); a quarter of the fours at a time, those first that cost
-most, and after each quarter all weights that are left are fitted anew by conjugate gradients, all rows at once.
+H = X^T X / rows tell it for any V, so that few inputs are kept: of wide layers in blocks along the diagonal, which
+bounds the memory. Which pair of each four goes is the one whose loss costs least when all other weights make up for it
+(optimal brain surgeon's w_p^T [H^-1]_pp^-1 w_p, for all six pairs); a quarter of the fours at a time, those first that
+cost most, and after each quarter all weights that are left are fitted anew by conjugate gradients, all rows at once.
 
 Source: "Accelerating Sparse Deep Neural Networks" (Mishra et al., 2021, arXiv:2104.08378) for the form; "Second order
 derivatives for network pruning: Optimal Brain Surgeon" (Hassibi, Stork, 1992) and "SparseGPT" (Frantar, Alistarh, 2023,
@@ -49,7 +49,8 @@ def lacks_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch has no kernels for it on AMD's GPUs"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
-        return f"its kernels need an NVIDIA GPU of compute capability 8.0 (RTX 30, A100) or newer, and this has {major}.{minor}"
+        needs = "its kernels need an NVIDIA GPU of compute capability 8.0 (RTX 30, A100) or newer"
+        return f"{needs}, and this has {major}.{minor}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels are for fp16 and bf16, and this model computes in {str(dtype).removeprefix('torch.')}"
     return None
@@ -113,7 +114,7 @@ class Inputs:
 
 def magnitudes(weight: Tensor, inputs: Inputs) -> Tensor:
     """A weight (out, in) with the smaller two of each four zero, uncorrected: what the correction is measured by."""
-    fours = weight.unflatten(-1, (-1, FOUR))
+    fours = weight.view(len(weight), -1, FOUR)
     kept = fours.abs().topk(2, -1).indices
     return torch.zeros_like(fours).scatter_(-1, kept, fours.gather(-1, kept)).flatten(-2)
 
@@ -153,7 +154,7 @@ class _Costs:
 
     def least(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """For each four of a weight (out, in): what its cheapest pair costs (out, in / 4), and which that is."""
-        pairs = weight.unflatten(-1, (-1, FOUR))[:, :, self.pairs]
+        pairs = weight.reshape(len(weight), -1, FOUR)[:, :, self.pairs]
         a, b = pairs.unbind(-1)
         inner = self._inner
         costs = a * a * inner[..., 0, 0] + 2 * a * b * inner[..., 0, 1] + b * b * inner[..., 1, 1]

@@ -29,7 +29,7 @@ SETTINGS = {
         "sparse_share": 1 / 3,
     },
     "attention_backend": {"backend": "math", "fuse_qkv": True},
-    "winograd": {"form": "auto", "bf16": True},
+    "winograd": {"form": "auto", "bf16": True, "filters_mib": 512},
     "compile_model": {
         "backend": "inductor",
         "mode": "max-autotune",
@@ -72,7 +72,7 @@ DEFAULTS_1 = {
         "sparse_share": 1.0,
     },
     "attention_backend": {"backend": "auto", "fuse_qkv": False},
-    "winograd": {"form": "auto", "bf16": False},
+    "winograd": {"form": "auto", "bf16": False, "filters_mib": 0},
     "compile_model": {
         "backend": "auto",
         "mode": "default",

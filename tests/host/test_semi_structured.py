@@ -1,4 +1,4 @@
-"""Quantize Model's 2:4 sparse: what the first evaluation does and the others, what it follows, and that nothing stays."""
+"""Quantize Model's 2:4 sparse: the first evaluation and the others, what it follows, and that nothing stays."""
 
 from __future__ import annotations
 

@@ -313,8 +313,8 @@ def test_what_became_of_the_layers_is_told():
     made = Pruned(10, 9 * 2**20, Counter(), 16 * 2**20, elapsed_s=2.0, errors={"a": 0.01, "b": 0.04}, work=0.5)
     assert sparse_run(made, [False, False])[0].verdict() == (
         "active",
-        "2:4 sparse: 10 of 10 linear layers, 9.0 MiB in place of 16 MiB (56%); 50% of the multiplications of the layers "
-        "that it is for; outputs lose 4.0% at most; beside the originals, which stay in memory; pruned in 2.0 s",
+        "2:4 sparse: 10 of 10 linear layers, 9.0 MiB in place of 16 MiB (56%); 50% of the multiplications of the "
+        "layers that it is for; outputs lose 4.0% at most; beside the originals, which stay in memory; pruned in 2.0 s",
     )
     made.why_dense = "a CPU has no kernels for it"
     text = sparse_run(made, [False, False])[0].verdict()[1]

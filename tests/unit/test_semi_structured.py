@@ -1,4 +1,4 @@
-"""2:4 sparsity: which weights go, what the others become, and what is kept of the inputs, each against plain algebra."""
+"""2:4 sparsity: which weights go, what the others become, and what is kept of the inputs, against plain algebra."""
 
 from __future__ import annotations
 

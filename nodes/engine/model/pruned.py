@@ -16,7 +16,6 @@ from ...methods.method import Pruned, Pruner
 from ...methods.semi_structured import Inputs
 from .quantized import Layers, StandIn, Unloading, _Layer
 
-
 LEAST = 1e-9
 """What any layer is said to lose."""
 

@@ -230,7 +230,9 @@ class QuantizedLayers(Layers):
         return layer.own or self._quantize(layer)
 
 
-def sorted_out(paths: Mapping[nn.Module, str], sorter: Quantizer | Pruner) -> Iterator[tuple[nn.Linear, str, str | None]]:
+def sorted_out(
+    paths: Mapping[nn.Module, str], sorter: Quantizer | Pruner
+) -> Iterator[tuple[nn.Linear, str, str | None]]:
     """The linear layers of a model with their paths, and why each stays as it is: None if it is quantized.
 
     What a model is made of are its lists of blocks with attention. Other lists hold what is before and after them: the

@@ -11,7 +11,6 @@ import torch
 from ...methods.method import Evaluation, Steps
 from ..plan.record import Record
 
-
 OBSERVED = "a method looks at what layers are given in the first evaluation"
 """Why something did not run compiled."""
 

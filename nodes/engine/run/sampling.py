@@ -249,7 +249,9 @@ class SamplingRun:
         evaluation = self.now.begin_evaluation(x.shape, timestep)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, evaluation.sigma)
         while True:
-            evaluation.is_observed = any([method.observes(evaluation) for method in self.observers])
+            # Each is asked: they count.
+            observed = [method.observes(evaluation) for method in self.observers]
+            evaluation.is_observed = any(observed)
             around = self.around_evaluation
             denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
             if all(method.accepts(evaluation, denoised) for method in self.judges):
