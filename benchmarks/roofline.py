@@ -7,7 +7,9 @@ memory much larger than any cache is read and written. Operations: those of torc
 both guided conditions, ComfyUI's own and under SlipstreamCPU, each timed as it runs. The limit of an operation is the
 longer of two times: its multiplications at the peak of the dtype it computes in, and its inputs and outputs once
 through memory. What no peak limits so, such as an input that is still in a cache, can be below its limit; Winograd's
-convolutions can, as their multiplications are counted as the direct way needs them. Nothing else must be running.
+convolutions can, as their multiplications are counted as the direct way needs them. Last, what int8 (VNNI) would give:
+each shape of linear layers and 3x3 convolutions in bfloat16 and in int8, with what quantizing the input takes, and the
+error of both for normally distributed values. Nothing else must be running.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 import math
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ SIZES = {"sd15": 512, "sdxl": 1024}
 VARIANTS = ("ComfyUI", "SlipstreamCPU")
 MATRIX, MEMORY = 2048, 512 * 2**20
 ROUNDS = 5
+LISTED = 12
+"""Shapes that the page shows."""
 KINDS = (
     ("convolution 3x3", ("convolve", "convolution", "conv2d")),
     ("attention", ("scaled_dot_product_attention", "_scaled_dot_product", "softmax", "_softmax", "attend")),
@@ -90,19 +94,96 @@ def peaks(side: int, size: int) -> dict[str, float]:
 
 
 def int8_product(rows: int, features: int, outputs: int) -> Callable[[], object]:
-    """A product of int8 matrices as a linear layer has it: oneDNN's with weights in its own layout, or torch's."""
+    """A product of int8 matrices as a linear layer has it."""
     import torch
 
-    x = torch.randint(0, 255, (rows, features), dtype=torch.uint8)
-    weight = torch.randint(-127, 127, (features, outputs), dtype=torch.int8)
-    onednn = torch.ops.onednn
-    if not hasattr(onednn, "qlinear_pointwise"):
-        signed = (x.int() - 128).to(torch.int8)
-        return lambda: torch._int_mm(signed, weight)
-    laid_out = onednn.qlinear_prepack(weight, [rows, features])
-    scales, zeros = torch.full((outputs,), 0.01), torch.zeros(outputs, dtype=torch.int64)
-    arguments = (0.02, 128, laid_out, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    return lambda: onednn.qlinear_pointwise(x, *arguments)
+    return Int8(torch.randn(rows, features), torch.randn(outputs, features)).product
+
+
+class Int8:
+    """A linear layer or 3x3 convolution in int8, by oneDNN: a scale for each output, and one for the whole input.
+
+    Args:
+        x: (rows, in), or (B, in, H, W).
+        weight: (out, in), or (out, in, 3, 3).
+    """
+
+    def __init__(self, x: Any, weight: Any):
+        import torch
+
+        self._torch = torch
+        self._onednn = torch.ops.onednn
+        self.x = x if x.ndim == 2 else x.to(memory_format=torch.channels_last)
+        self._scales = weight.abs().flatten(1).amax(1) / 127
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        whole = (weight.flatten(1) / self._scales[:, None]).round().to(torch.int8).view_as(weight)
+        self._given, scale, zero = self._quantized(self.x)
+        if x.ndim == 2:
+            self._weight = self._onednn.qlinear_prepack(whole, None)
+        else:
+            around = ([1, 1], [1, 1], [1, 1], 1)
+            self._weight = self._onednn.qconv_prepack(whole, self._scales, scale, zero, *around, list(x.shape))
+        self._scale, self._zero = scale, zero
+
+    def _quantized(self, x: Any) -> tuple[Any, float, int]:
+        torch = self._torch
+        low, high = (float(one) for one in torch.aminmax(x))
+        scale = max(max(high, 0.0) - min(low, 0.0), 1e-9) / 255
+        zero = min(255, max(0, round(-min(low, 0.0) / scale)))
+        return torch.quantize_per_tensor(x, scale, zero, torch.quint8).int_repr(), scale, zero
+
+    def _multiplied(self, x: Any, scale: float, zero: int) -> Any:
+        weight = (scale, zero, self._weight, self._scales, self._zeros, None)
+        after = (1.0, 0, self._torch.float32, "none", [], "")
+        if x.ndim == 2:
+            return self._onednn.qlinear_pointwise(x, *weight, *after)
+        return self._onednn.qconv2d_pointwise(x, *weight, [1, 1], [1, 1], [1, 1], 1, *after)
+
+    def product(self) -> Any:
+        """The product alone, float32."""
+        return self._multiplied(self._given, self._scale, self._zero)
+
+    def __call__(self) -> Any:
+        """Quantizing the input, and the product."""
+        return self._multiplied(*self._quantized(self.x))
+
+
+def in_eight_bits(shapes: dict[tuple[Any, ...], int]) -> list[dict[str, Any]]:
+    """Seconds and errors of each shape in bfloat16 and in int8, the most time first.
+
+    Args:
+        shapes: (shape of x, shape of the weight), and how often it comes.
+    """
+    import torch
+    from torch.nn import functional
+
+    rows = []
+    with torch.inference_mode():
+        for (given, of_weight), number in shapes.items():
+            torch.manual_seed(0)
+            x, weight = torch.randn(given), torch.randn(of_weight) / math.prod(of_weight[1:]) ** 0.5
+            layer = (
+                functional.linear if len(of_weight) == 2 else lambda x, weight: functional.conv2d(x, weight, padding=1)
+            )
+            form = torch.channels_last if len(of_weight) == 4 else torch.contiguous_format
+            low, low_weight = (one.to(torch.bfloat16, memory_format=form) for one in (x, weight))
+            exact, quantized = layer(x, weight), Int8(x, weight)
+            runs = {
+                "bf16": lambda layer=layer, x=low, weight=low_weight: layer(x, weight),
+                # As under SlipstreamCPU, where what goes from block to block is in float32.
+                "bf16, cast": lambda layer=layer, x=x, form=form, weight=low_weight: layer(
+                    x.to(torch.bfloat16, memory_format=form), weight
+                ),
+                "int8": quantized.product,
+                "int8, quantized": quantized,
+            }
+            errors = {
+                name: float((runs[name]().float() - exact).norm() / exact.norm())
+                for name in ("bf16", "int8, quantized")
+            }
+            seconds = {name: best(run) for name, run in runs.items()}
+            rows.append({"x": given, "weight": of_weight, "number": number, "seconds": seconds, "errors": errors})
+    return sorted(rows, key=lambda row: -row["number"] * row["seconds"]["bf16"])
 
 
 # What a UNet does
@@ -144,8 +225,12 @@ def tensors_of(value: Any) -> Iterator[Any]:
             yield from tensors_of(one)
 
 
-def watched(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
-    """What one call does: by kind of operation its time, its work and the bytes that go in and out, by dtype."""
+def watched(call: Callable[[], object], shapes: Counter[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+    """What one call does: by kind of operation its time, its work and the bytes that go in and out, by dtype.
+
+    Args:
+        shapes: counts linear layers (True) and convolutions by the shapes of input and weight.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,6 +252,8 @@ def watched(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
                 dtype = str(next((one.dtype for one in given if one.is_floating_point()), torch.float32))
                 work = multiplications(name, args, output)
                 entry["parts"].append((dtype.removeprefix("torch."), work, moved))
+                if name in ("linear", "convolve", "convolution", "conv2d"):
+                    shapes[name == "linear", tuple(given[0].shape), tuple(given[1].shape)] += 1
             return output
 
     with Watch():
@@ -214,14 +301,14 @@ def unet_call(family: str, size: int, peak: dict[str, float], variants: list[str
     figures = {}
     for name in variants:
         patcher = model if name == VARIANTS[0] else hosted.run_node("SlipstreamCPU", model, "1")
-        seen: dict[str, Any] = {}
+        seen: dict[str, Any] = {"shapes": Counter()}
         is_watched = [False]
 
         def wrapper(executor: Any, *args: Any, seen: Any = seen, is_watched: Any = is_watched, **kwargs: Any) -> Any:
             result, began = [], time.perf_counter()
             call = lambda: result.append(executor(*args, **kwargs))  # noqa: E731
             if is_watched[0]:
-                seen["found"] = watched(call)
+                seen["found"] = watched(call, seen["shapes"])
             else:
                 call()
                 seen["seconds"] = time.perf_counter() - began
@@ -241,7 +328,14 @@ def unet_call(family: str, size: int, peak: dict[str, float], variants: list[str
         print(f"{family} {size}, {name}: {seen['seconds']:.2f} s", flush=True)
         for row in rows:
             print(f"  {row_of(row, seen['seconds'])}", flush=True)
-    return figures
+    products: dict[tuple[Any, ...], int] = defaultdict(int)
+    for (is_linear, x, weight), number in seen["shapes"].items():
+        # Prompts have few rows; what is no 3x3 convolution is little.
+        if is_linear and math.prod(x[:-1]) >= 512:
+            products[(math.prod(x[:-1]), x[-1]), weight] += number
+        elif not is_linear and weight[-1] == 3 and min(weight[:2]) > 4:
+            products[x, weight] += number
+    return {"variants": figures, "products": in_eight_bits(products)}
 
 
 # The page
@@ -277,7 +371,7 @@ def page(report: dict[str, Any]) -> str:
         "Convolutions count as the direct way computes them, which Winograd's don't have to.\n",
     ]
     for layout, figures in report["figures"].items():
-        for name, one in figures.items():
+        for name, one in figures["variants"].items():
             total = sum(row["seconds"] for row in one["rows"])
             least = sum(row["least_s"] for row in one["rows"])
             lines += [
@@ -289,8 +383,36 @@ def page(report: dict[str, Any]) -> str:
                 *(row_of(row, one["seconds"]) for row in one["rows"] if row["seconds"] > 0.001 * one["seconds"]),
                 "",
             ]
+        lines += eight_bits(layout, figures["products"])
     lines.append("`python benchmarks/roofline.py`, in the environment that `./slipstream env` names, repeats it.\n")
     return "\n".join(lines)
+
+
+def eight_bits(layout: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What int8 would give, as Markdown: the shapes with most time, and all of them."""
+    names = ("bf16", "bf16, cast", "int8", "int8, quantized")
+    lines = [
+        f"## {layout}: in int8\n",
+        "By shape, in milliseconds, the least of several runs: products in bfloat16, with the input cast from float32; "
+        "in int8 by oneDNN, with the input quantized as a whole. Errors for normally distributed values, relative to "
+        "the output.\n",
+        "| input | weight | in a call | " + " | ".join(names) + " | error bf16 | error int8 |",
+        "|---|---|---|" + "---|" * (len(names) + 2),
+    ]
+    for row in rows[:LISTED]:
+        sides = ["x".join(map(str, row[name])) for name in ("x", "weight")]
+        times = [f"{1e3 * row['seconds'][name]:.2f}" for name in names]
+        errors = [f"{row['errors'][name]:.2%}" for name in ("bf16", "int8, quantized")]
+        lines.append("| " + " | ".join([*sides, str(row["number"]), *times, *errors]) + " |")
+    for what, dimensions in (("linear layers", 2), ("3x3 convolutions", 4)):
+        some = [row for row in rows if len(row["weight"]) == dimensions]
+        totals = [sum(row["number"] * row["seconds"][name] for row in some) for name in names]
+        lines.append(
+            f"| all {what} | | {sum(row['number'] for row in some)} | "
+            + " | ".join(f"{1e3 * total:.0f}" for total in totals)
+            + " | | |"
+        )
+    return [*lines, ""]
 
 
 def draw_chart(report: dict[str, Any], file: Path) -> None:
@@ -298,7 +420,11 @@ def draw_chart(report: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     peak = report["peaks"]
-    panels = [(layout, name, one) for layout, figures in report["figures"].items() for name, one in figures.items()]
+    panels = [
+        (layout, name, one)
+        for layout, figures in report["figures"].items()
+        for name, one in figures["variants"].items()
+    ]
     figure = Figure(figsize=(6 * min(2, len(panels)), 4.5 * math.ceil(len(panels) / 2)), layout="constrained")
     grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharex=True, sharey=True)
     across = [10 ** (power / 20) for power in range(-40, 81)]
