@@ -292,8 +292,9 @@ def test_beside_other_methods_any_order_gives_the_same_bits(model, last_lines):
     assert "Quantize Model prunes their projections" in last_lines("2")[0][1]
 
 
-def test_compiled_it_gives_the_same_bits_and_says_what_ran_without_graphs(last_lines):
-    model = hosted.model("minimal")
+@pytest.mark.parametrize("name", ["minimal", "DiT"])
+def test_compiled_it_gives_the_same_bits_and_says_what_ran_without_graphs(name, last_lines):
+    model = hosted.model(name)
     image = draw(sparse(model))
     compiled = compile_model(sparse(model), "2")
     for _ in range(2):
