@@ -14,15 +14,17 @@ from scenes import caption, draw
 from torch import Tensor
 
 CFG = 5.0
-SAMPLER, SCHEDULER = "dpmpp_2m", "karras"
+SAMPLER = "dpmpp_2m"
+SCHEDULERS = {"UNet": "karras", "transformer": "simple"}
 BATCH = 8
 
 
 class Demo:
     """The three parts of the model, as `SlipstreamDemoModel` returns them."""
 
-    def __init__(self) -> None:
-        self.model, self.clip, self.vae = hosted.execute("SlipstreamDemoModel").result
+    def __init__(self, architecture: str = "UNet") -> None:
+        self.scheduler = SCHEDULERS[architecture]
+        self.model, self.clip, self.vae = hosted.execute("SlipstreamDemoModel", architecture=architecture).result
 
     def sample(
         self,
@@ -33,7 +35,7 @@ class Demo:
         steps: int = 30,
         cfg: float = CFG,
         sampler: str = SAMPLER,
-        scheduler: str = SCHEDULER,
+        scheduler: str | None = None,
     ) -> Tensor:
         """One latent for each prompt and seed: (B, 4, 32, 32). A seed's noise is the same in any batch."""
         found = []
@@ -48,7 +50,7 @@ class Demo:
                     steps=steps,
                     cfg=cfg,
                     sampler=sampler,
-                    scheduler=scheduler,
+                    scheduler=scheduler or self.scheduler,
                     image=torch.zeros(len(noise), 4, 32, 32),
                     noise=torch.cat(noise),
                 )
