@@ -2,7 +2,7 @@
 
 ComfyUI's own AuraFlow transformer in small: flow matching (Lipman et al. 2023, https://arxiv.org/abs/2210.02747) along
 straight lines from picture to noise, with AuraFlow's shift, so that most training goes where most of sampling goes.
-Two thirds of it see latents of half the size, at a quarter of the cost: where things stand is learned there, and
+Most of it sees latents of half the size, at a quarter of the cost: where things stand is learned there, and
 how they look afterwards. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
 }
 SHIFT = 1.73
 """AuraFlow's, as the host samples it."""
-SMALL = 2 / 3
+SMALL = 0.7
 """The share of the steps that see latents of half the size."""
 BATCH = 32
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 5e-3, 3e-3, 1e-2
@@ -48,7 +48,7 @@ FLIPPED = 0.5
 """How often a picture is mirrored: no word says where in it a thing is."""
 
 
-class Transformer(MMDiT):  # type: ignore[misc]
+class Transformer(MMDiT):
     """The host's, which also reads a picture at half its size: a token is then where four were."""
 
     def __init__(self) -> None:
@@ -74,7 +74,8 @@ class Transformer(MMDiT):  # type: ignore[misc]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices within blocks, AdamW for what reads, writes or places."""
-        matrices, rest = [], []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         for name, value in self.named_parameters():
             (matrices if value.ndim == 2 and "_layers." in name else rest).append(value)
         return [
