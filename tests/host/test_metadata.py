@@ -161,7 +161,7 @@ def test_an_image_tells_methods_settings_nodes_versions_and_verdicts(host):
     assert method == {
         "stem": "cfg_cutoff",
         "title": "CFG Cutoff",
-        "settings": {"cutoff": 0.5, "unit": "steps"},
+        "settings": {"cutoff": 0.5, "unit": "steps", "start": 0.0, "reuse_every": 1, "adaptive": 0.0},
         "nodes": ["12:7"],
         "state": "active",
     }

@@ -37,8 +37,8 @@ SETTINGS = {
         "tuned": True,
         "onediff_backend": "oneflow",
     },
-    "forecast": {"error_budget": 0.1, "max_skips": 5, "start_percent": 0.2, "end_percent": 1 / 3},
     "cfg_cutoff": {"cutoff": 0.1 + 0.2, "unit": "timesteps", "start": 0.1, "reuse_every": 3, "adaptive": 1 / 3},
+    "forecast": {"error_budget": 0.1, "max_skips": 5, "start_percent": 0.2, "end_percent": 1 / 3},
     "deepcache": {
         "cache_interval": 5,
         "cache_branch_id": 2,
@@ -73,8 +73,8 @@ DEFAULTS_1 = {
         "tuned": False,
         "onediff_backend": "nexfort",
     },
-    "forecast": {"error_budget": 0.05, "max_skips": 3, "start_percent": 0.0, "end_percent": 1.0},
     "cfg_cutoff": {"cutoff": 0.75, "unit": "steps", "start": 0.0, "reuse_every": 1, "adaptive": 0.0},
+    "forecast": {"error_budget": 0.05, "max_skips": 3, "start_percent": 0.0, "end_percent": 1.0},
     "deepcache": {
         "cache_interval": 3,
         "cache_branch_id": 0,

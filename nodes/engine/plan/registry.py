@@ -18,8 +18,8 @@ METHODS = (
     "attention_backend",
     "winograd",
     "compile_model",
-    "forecast",
     "cfg_cutoff",
+    "forecast",
     "deepcache",
     "freeu",
 )

@@ -155,7 +155,8 @@ class SamplingRun:
                 patcher = self.guider.model_patcher
                 self.model_calls.compiling = self.unet_calls.compile(entry.config, method, patcher, self._announce)
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
-        self.conditions.around = self._taking_part("conditions")
+        # The other way round than elsewhere: which conditions are reused is asked only of an evaluation that is made.
+        self.conditions.around = self._taking_part("conditions")[::-1]
         self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
