@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests
 
 from loading import load_all
 from readme import described, publish
+from rounds import in_turn
 
 SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 weight-only")
 """Those that a CPU has."""
@@ -70,47 +70,16 @@ def variants(model: Any, min_features: int) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """First image and steady seconds of each variant, and what it says of itself."""
     import hosted
-    from slipstream_pack.nodes.measuring.fidelity import compare
-    from torch._inductor.utils import fresh_cache
 
-    machine, verdicts = hosted.engine("host.machine"), hosted.engine("telling.verdicts")
     model = transformer_heavy(arguments.width, arguments.depth)
-    device = model.load_device
     latent = hosted.latent(model, arguments.size // 8)
     prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
 
-    def image(patcher: Any) -> tuple[float, Any]:
-        began = machine.clock(device)
-        result = hosted.sample(patcher, *prompts, steps=arguments.steps, cfg=7.5, image=latent)
-        return machine.clock(device) - began, result
+    def image(patcher: Any) -> Any:
+        return hosted.sample(patcher, *prompts, steps=arguments.steps, cfg=7.5, image=latent)
 
-    chosen = {
-        name: patcher
-        for name, patcher in variants(model, arguments.min_features).items()
-        if name == "eager" or name in (arguments.only or [name])
-    }
-    figures: dict[str, Any] = {}
-    image(model)  # the process's own first time
-    exact: Any = None
-    with ExitStack() as caches:
-        for name, patcher in chosen.items():
-            # An empty disk cache each, which stays for the rounds.
-            caches.enter_context(fresh_cache(delete=False))
-            verdicts._kept.clear()
-            seconds, result = image(patcher)
-            exact = result if exact is None else exact
-            figures[name] = {
-                "first_s": seconds,
-                "latent_error": compare(exact, result).latent_error,
-                "verdicts": [line["text"] for one in verdicts._kept.values() for line in one.lines.values()],
-                "steady_s": [],
-            }
-            print(f"{name}: first image {seconds:.1f} s; {figures[name]['verdicts']}", flush=True)
-        for number in range(arguments.runs):
-            for name, patcher in chosen.items():
-                figures[name]["steady_s"].append(image(patcher)[0])
-            print(f"round {number + 1} of {arguments.runs}", flush=True)
-    return figures
+    every = variants(model, arguments.min_features)
+    return in_turn(every, arguments.only, image, model.load_device, arguments.runs)
 
 
 def pictures(count: int, steps: int) -> list[dict[str, Any]]:

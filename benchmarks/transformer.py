@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "tests
 from compile import flux, flux_prompt, random_model
 from loading import load_all
 from readme import described, publish
+from rounds import in_turn
 
 SCHEME = "int8 dynamic"
 
@@ -43,52 +43,17 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     import comfy.model_management
     import hosted
     import torch
-    from slipstream_pack.nodes.measuring.fidelity import compare
-    from torch._inductor.utils import fresh_cache
 
-    machine, verdicts = hosted.engine("host.machine"), hosted.engine("telling.verdicts")
     config = flux(arguments.tiny, arguments.depth, arguments.depth_single_blocks)
     model = random_model(config, getattr(torch, arguments.dtype))
-    device = model.load_device
     prompt = flux_prompt(model, arguments.tokens)
     latent = torch.zeros(1, 16, arguments.size // 8, arguments.size // 8)
 
-    def image(patcher: Any) -> tuple[float, Any]:
-        began = machine.clock(device)
-        result = hosted.sample(
-            patcher, prompt, prompt, steps=arguments.steps, cfg=1.0, scheduler="simple", image=latent
-        )
-        return machine.clock(device) - began, result
+    def image(patcher: Any) -> Any:
+        return hosted.sample(patcher, prompt, prompt, steps=arguments.steps, cfg=1.0, scheduler="simple", image=latent)
 
-    chosen = {
-        name: patcher
-        for name, patcher in variants(model, arguments.min_features).items()
-        if name == "eager" or name in (arguments.only or [name])
-    }
-    figures: dict[str, Any] = {}
-    image(model)  # the process's own first time
-    exact: Any = None
-    with ExitStack() as caches:
-        for name, patcher in chosen.items():
-            # An empty disk cache each, which stays for the rounds.
-            caches.enter_context(fresh_cache(delete=False))
-            verdicts._kept.clear()
-            machine.release_unused()
-            with machine.watch_memory(device) as peak:
-                seconds, result = image(patcher)
-            exact = result if exact is None else exact
-            figures[name] = {
-                "first_s": seconds,
-                "peak_increase_mib": [one.increase_mib for one in peak.peaks],
-                "latent_error": compare(exact, result).latent_error,
-                "verdicts": [line["text"] for one in verdicts._kept.values() for line in one.lines.values()],
-                "steady_s": [],
-            }
-            print(f"{name}: first image {seconds:.1f} s; {figures[name]['verdicts']}", flush=True)
-        for number in range(arguments.runs):
-            for name, patcher in chosen.items():
-                figures[name]["steady_s"].append(image(patcher)[0])
-            print(f"round {number + 1} of {arguments.runs}", flush=True)
+    every = variants(model, arguments.min_features)
+    figures = in_turn(every, arguments.only, image, model.load_device, arguments.runs)
     return figures, comfy.model_management.module_size(model.model)
 
 

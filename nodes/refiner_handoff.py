@@ -14,13 +14,16 @@ class SlipstreamRefinerHandoff(io.ComfyNode):
             category="Slipstream/sampling",
             description=(
                 "Samples with a base and a refiner in one run: the base makes the image, and hands it over, still a "
-                "little noisy, to the refiner for the details. For SDXL and its refiner, or any two models that share "
-                "a kind of latent."
+                "little noisy, to the refiner for the details. For SDXL and its refiner, Wan 2.2's two models, or any "
+                "two that share a kind of latent."
             ),
             search_aliases=["refiner", "sdxl refiner", "ensemble of experts", "denoising_end", "two models", "handoff"],
             inputs=[
                 io.Model.Input("base", tooltip="The model that begins."),
-                io.Model.Input("refiner", tooltip="The model that goes on: the SDXL refiner, or another SDXL model."),
+                io.Model.Input(
+                    "refiner",
+                    tooltip="The model that goes on: SDXL's refiner, Wan 2.2's for low noise, another SDXL model.",
+                ),
                 io.Conditioning.Input("base_positive", tooltip="The prompt for the base."),
                 io.Conditioning.Input("base_negative", tooltip="The negative prompt for the base."),
                 io.Latent.Input("latent_image", tooltip="The latent: size, batch, mask."),

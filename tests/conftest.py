@@ -87,4 +87,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if reason:
             terminalreporter.write_line(f"SKIPPED the {suite} suite: {reason}.")
     if COMFYUI and not find_node():
-        terminalreporter.write_line("SKIPPED the page's commands without a browser: no node was found (playwright has one).")
+        terminalreporter.write_line("SKIPPED the commands on graphs: no node was found (playwright has one).")

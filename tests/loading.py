@@ -28,8 +28,12 @@ def find_chromium() -> str | None:
 def find_node() -> str | None:
     """Playwright's own node, which runs the page's modules without a browser; or one on the path."""
     spec = importlib.util.find_spec("playwright")
-    own = Path(spec.origin).parent / "driver" / ("node.exe" if os.name == "nt" else "node") if spec and spec.origin else None
-    return str(own) if own and own.is_file() else shutil.which("node")
+    if spec is not None and spec.origin is not None:
+        driver = Path(spec.origin).parent / "driver"
+        for own in (driver / "node", driver / "node.exe"):
+            if own.is_file():
+                return str(own)
+    return shutil.which("node")
 
 
 def packed_files(pack: Path = ROOT) -> list[str]:

@@ -274,6 +274,28 @@ FAMILIES: dict[str, Transformer] = {
         latent=(16, 16, 16),
         values={"pooled_output": (32,), "guidance": 4.0},
     ),
+    "Flux 2": Transformer(
+        families.Flux2,
+        {
+            **FLUX_LIKE,
+            "image_model": "flux2",
+            "in_channels": 128,
+            "out_channels": 128,
+            "patch_size": 1,
+            "axes_dim": [8, 8, 8, 8],
+            "theta": 2000,
+            "txt_ids_dims": [3],
+            "vec_in_dim": None,
+            "qkv_bias": False,
+            "ops_bias": False,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "guidance_embed": True,
+        },
+        width=64,
+        latent=(128, 8, 8),
+        values={"guidance": 4.0},
+    ),
     "HiDream": Transformer(
         families.HiDream,
         {
@@ -584,9 +606,16 @@ def vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={**taesd.state_dict(), "vae_scale": torch.tensor(0.02), "vae_shift": torch.tensor(0.0)})
 
 
-def _image_vae(channels: int) -> comfy.sd.VAE:
-    """A KL autoencoder of images with so many latent channels."""
-    params = {"ddconfig": {**KL, "z_channels": channels}, "embed_dim": channels}
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _image_vae(channels: int, **config: Any) -> comfy.sd.VAE:
+    """A KL autoencoder of images with so many latent channels.
+
+    Args:
+        config: what of `KL` is to be otherwise beside that.
+    """
+    params = {"ddconfig": {**KL, "z_channels": channels, **config}, "embed_dim": channels}
     autoencoder = AutoencoderKL(**params)
     initialize(autoencoder, 1)
     made = comfy.sd.VAE(sd=autoencoder.state_dict(), config={"params": params})
@@ -594,13 +623,27 @@ def _image_vae(channels: int) -> comfy.sd.VAE:
     return made
 
 
-def _video_vae(module: torch.nn.Module, channels: int, time: int, space: int = 8) -> comfy.sd.VAE:
+def _packed_vae() -> comfy.sd.VAE:
+    """Flux 2's, whose latents are 2x2 pixels of 32 channels each."""
+    made = _image_vae(32, batch_norm_latent=True)
+    made.latent_channels, made.downscale_ratio, made.upscale_ratio = 128, 16, 16
+    return made
+
+
+def _video_vae(
+    module: torch.nn.Module,
+    channels: int,
+    time: int,
+    space: int = 8,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> comfy.sd.VAE:
     """The host's VAE around a module for video, which it would build in its full size from a file.
 
     Args:
         channels: of its latents.
         time: frames to a latent one.
         space: pixels to a latent one, each way.
+        dtypes: beside fp32, what the host computes it in.
     """
     initialize(module, 1)
     for name, values in module.named_buffers():
@@ -611,6 +654,7 @@ def _video_vae(module: torch.nn.Module, channels: int, time: int, space: int = 8
     made.first_stage_model = module.eval()
     made.patcher = ModelPatcher(module, load_device=CPU, offload_device=CPU)
     made.latent_channels, made.latent_dim = channels, 3
+    made.working_dtypes = [*dtypes, torch.float32]
     made.upscale_ratio = (lambda frames: max(0, (frames - 1) * time + 1), space, space)
     made.downscale_ratio = (lambda frames: max(0, (frames + time - 1) // time), space, space)
     made.upscale_index_formula = made.downscale_index_formula = (time, space, space)
@@ -622,12 +666,12 @@ def _wan_vae() -> comfy.sd.VAE:
     from comfy.ldm.wan.vae import WanVAE
 
     config = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": []}
-    return _video_vae(WanVAE(**config, temperal_downsample=[False, True, True], dropout=0.0), 16, 4)
+    return _video_vae(WanVAE(**config, temperal_downsample=[False, True, True], dropout=0.0), 16, 4, dtypes=HALVES)
 
 
 def _hunyuan_vae() -> comfy.sd.VAE:
     config = {**KL, "z_channels": 16, "conv3d": True, "time_compress": 4}
-    return _video_vae(AutoencoderKL(ddconfig=config, embed_dim=16), 16, 4)
+    return _video_vae(AutoencoderKL(ddconfig=config, embed_dim=16), 16, 4, dtypes=HALVES)
 
 
 def _ltxv_vae() -> comfy.sd.VAE:
@@ -700,13 +744,14 @@ def _mochi_vae() -> comfy.sd.VAE:
         output_nonlinearity="silu",
         causal=True,
     )
-    return _video_vae(module, 12, 6)
+    return _video_vae(module, 12, 6, dtypes=(torch.float16,))
 
 
 VAES = {
     "SDXL": lambda: _image_vae(4),
     "SD3": lambda: _image_vae(16),
     "Flux": lambda: _image_vae(16),
+    "Flux2": _packed_vae,
     "Wan21": _wan_vae,
     "HunyuanVideo": _hunyuan_vae,
     "LTXV": _ltxv_vae,
@@ -717,14 +762,14 @@ VAES = {
 
 
 def vae_files() -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of small VAEs, by their files' names, as the host's Load VAE takes them. An image's has no encoder: the host
-    would want it in its full size."""
+    """Weights of small VAEs, by their files' names, as the host's Load VAE takes them. An image's has no encoder: the
+    host would want it in its full size."""
     from comfy.ldm.wan.vae import WanVAE
 
     config = {**KL, "z_channels": 16, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-    image, video = AutoencoderKL(ddconfig=config, embed_dim=16), WanVAE(dim=16, z_dim=16, num_res_blocks=2, dropout=0.0)
+    image = AutoencoderKL(ddconfig=config, embed_dim=16)
+    video = WanVAE(dim=16, z_dim=16, num_res_blocks=2, temperal_downsample=[False, True, True], dropout=0.0)
     for module in (image, video):
         initialize(module, 1)
     decoder = {name: value for name, value in image.state_dict().items() if name.startswith("decoder.")}
-    films = dict.fromkeys(("qwen_image_vae", "wan_2.1_vae"), dict(video.state_dict()))
-    return {"ae": decoder, **films}
+    return {"ae": decoder, **{name: video.state_dict() for name in ("qwen_image_vae", "wan_2.1_vae")}}

@@ -379,8 +379,8 @@ class Handoff:
             what = "noise" if kinds[0] == kinds[1] else "latents"
             raise RuntimeError(
                 f"{TITLE}: expected two models of the same kind of {what}, but {names}, of which the second can't read "
-                "what the first one leaves. Use a refiner of the base's own family: for SDXL its refiner, or another "
-                "SDXL model."
+                "what the first one leaves. Use a refiner that shares the base's latents and noise: another model of "
+                "its own family; for SDXL its refiner too."
             )
         prompts = {}
         for name in ("positive", "negative"):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .method import (
+    SAME_LEVEL,
     ConditionsCall,
     Configuration,
     Evaluation,
@@ -33,6 +34,8 @@ from .method import (
     State,
     check_choice,
     check_number,
+    level_gap,
+    step_share,
 )
 
 UNITS = ("steps", "timesteps")
@@ -47,9 +50,6 @@ MOST = 0.1
 
 MEMORY = 2
 """How many scores of each way count."""
-
-SAME_LEVEL = 1e-3
-"""Up to which gap in log sigma two evaluations are at one noise level."""
 
 WAYS = {"held": 0.0, "half linear": 0.5, "linear": 1.0}
 """How the derivatives' difference goes on: by this much of its slope over sigma, as solvers step along it."""
@@ -261,7 +261,7 @@ class Difference:
     def add(self, sigma: float, difference: Tensor, number: int) -> None:
         self.number = number
         # Two at one noise level: the later one stands for both.
-        others = [one for one in self.history if _gap(one[0], sigma) >= SAME_LEVEL]
+        others = [one for one in self.history if level_gap(one[0], sigma) >= SAME_LEVEL]
         self.history = [(sigma, difference / sigma), *others][:2]
         self.foretold = []
 
@@ -330,16 +330,6 @@ def _norms(value: Tensor) -> Tensor:
     return norms
 
 
-def _share(sigma: float, following: float) -> float:
-    """By what share a step from one noise level to another makes the latent the prediction."""
-    return max(0.0, 1 - following / sigma) if sigma > 0 else 1.0
-
-
-def _gap(sigma: float, other: float) -> float:
-    """How far two noise levels are apart, in log sigma."""
-    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
-
-
 class MeasuredRun(CFGCutoffRun):
     """Measures what guidance adds, reuses it in between, and ends it where it adds little."""
 
@@ -390,7 +380,7 @@ class MeasuredRun(CFGCutoffRun):
         self.sigma_before, self.step_before = evaluation.sigma, evaluation.step
         if not self.has_ended and self.config.adaptive and self.amount is not None:
             # Were all that is left of the run one step.
-            adds = self.amount * _share(evaluation.sigma, self.steps.sigmas[-1])
+            adds = self.amount * step_share(evaluation.sigma, self.steps.sigmas[-1])
             self.least = adds if self.least is None else min(self.least, adds)
             if adds < self.config.adaptive:
                 self.has_ended, self.ended_with = True, adds
@@ -400,15 +390,6 @@ class MeasuredRun(CFGCutoffRun):
         """The noise level went up."""
         self.known.clear()
         self.full, self.amount, self.has_ended = 0, None, False
-
-    def _weight(self, evaluation: Evaluation) -> float:
-        """By how much a step moves x / sigma for each unit of its prediction, whatever the solver; 0 at the end."""
-        following = self._following(evaluation)
-        return 1 / following - 1 / evaluation.sigma if 0 < following < evaluation.sigma else 0.0
-
-    def _following(self, evaluation: Evaluation) -> float:
-        """The noise level that an evaluation's step goes to."""
-        return self.steps.sigmas[evaluation.step + 1] if evaluation.step < len(self.steps) else 0.0
 
     # One guided evaluation.
 
@@ -446,7 +427,7 @@ class MeasuredRun(CFGCutoffRun):
             return self._reuse(evaluation, call, own, others, known)
         results = list(call.evaluate())
         differences = self._learn(call, own, others, known, results)
-        weight = self._weight(evaluation)
+        weight = self.steps.weight(evaluation.step, evaluation.sigma)
         for place, one, difference in zip(others, known, differences, strict=True):
             missed = one.missed(call.sigma, difference) if weight and self.takes_back else None
             if missed is not None:
@@ -481,14 +462,16 @@ class MeasuredRun(CFGCutoffRun):
     def _best(self, evaluation: Evaluation) -> tuple[float, str]:
         """What the nearest way leaves in the latent, and which it is. At the noise level of the evaluation before,
         where heun and the like evaluate again, that is a matter of its own."""
-        gap = min(_gap(one.history[0][0], evaluation.sigma) for one in self.known.values() if one.number == self.full)
+        gap = min(
+            level_gap(one.history[0][0], evaluation.sigma) for one in self.known.values() if one.number == self.full
+        )
         scores = self.scores.get(gap < SAME_LEVEL) or next(iter(self.scores.values()))
         expected = []
         for place, (name, damping) in enumerate(WAYS.items()):
             scored = [errors[place] * (1 if gap < SAME_LEVEL else _growth(gap / at, damping)) for at, errors in scores]
             expected.append((sum(scored) / len(scored), place, name))
         error, _, way = min(expected)
-        return error * _share(evaluation.sigma, self._following(evaluation)), way
+        return error * step_share(evaluation.sigma, self.steps.following(evaluation.step)), way
 
     def _reuse(
         self,
@@ -502,7 +485,7 @@ class MeasuredRun(CFGCutoffRun):
         positive = fresh[own[0]] if own else self.positives[call.window][1]
         if own:
             self.positives.setdefault(call.window, (call.x, positive))
-        weight = self._weight(evaluation)
+        weight = self.steps.weight(evaluation.step, evaluation.sigma)
         for place, one in zip(others, known, strict=True):
             difference = one.foretell(WAYS[self.way], call.sigma)
             fresh[place] = positive - difference.to(positive.dtype)
@@ -524,7 +507,7 @@ class MeasuredRun(CFGCutoffRun):
         differences = [positive - results[place] for place in others]
         weights = None if call.weights is None else tuple(call.weights[place] for place in others)
         has_history = all(one.history for one in known)
-        self.gap = max(_gap(one.history[0][0], call.sigma) if one.history else math.inf for one in known)
+        self.gap = max(level_gap(one.history[0][0], call.sigma) if one.history else math.inf for one in known)
         errors = [
             [difference - one.foretell(damping, call.sigma) for difference, one in zip(differences, known, strict=True)]
             for damping in (WAYS.values() if has_history else ())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .method import (
+    SAME_LEVEL,
     ConditionsCall,
     Configuration,
     Evaluation,
@@ -32,6 +33,8 @@ from .method import (
     check_number,
     check_only_cache,
     check_range,
+    level_gap,
+    step_share,
 )
 
 MAX_BUDGET = 0.5
@@ -47,9 +50,6 @@ LAST = 2
 
 MEMORY = 2
 """How many scores of each way count."""
-
-SAME_LEVEL = 1e-3
-"""Up to which gap in log sigma two evaluations are at one noise level."""
 
 OTHER_HALF = "for the other half of a step"
 
@@ -317,7 +317,7 @@ class ForecastRun(MethodRun):
         # What is too old is of no use any more: windows that move on leave much of it.
         self.known = {key: known for key, known in self.known.items() if self._is_recent(known.history)}
         self.is_multistage |= is_same_step
-        self.has_pairs |= is_same_step and _gap(sigma, self.sigma) < SAME_LEVEL
+        self.has_pairs |= is_same_step and level_gap(sigma, self.sigma) < SAME_LEVEL
         if goes_up:
             self.foretold.clear()
             for known in self.known.values():
@@ -409,7 +409,7 @@ class ForecastRun(MethodRun):
         scores = self.scores.get(group)
         if scores is None or len(histories) < len(group) or not all(map(self._is_enough, histories)):
             return None
-        gap = max(_gap(history[0].sigma, sigma) for history in histories)
+        gap = max(level_gap(history[0].sigma, sigma) for history in histories)
         return scores.best(gap, min(map(len, histories)))
 
     def _is_enough(self, history: Sequence[Exact]) -> bool:
@@ -426,22 +426,20 @@ class ForecastRun(MethodRun):
     def _share(self, evaluation: Evaluation, is_same_step: bool) -> float:
         """By what share a step makes the latent the prediction. Of two evaluations at one noise level, the first ends
         the step to it and the second begins the one from it: each is one half of its step."""
-        after = max(0.0, 1 - self._following(evaluation) / evaluation.sigma)
+        after = step_share(evaluation.sigma, self.steps.following(evaluation.step))
         if not self.has_pairs:
             return after
         before = self.steps.sigmas[evaluation.step - 1] if evaluation.step else math.inf
         return after / 2 if is_same_step else max(0.0, 1 - evaluation.sigma / before) / 2
-
-    def _following(self, evaluation: Evaluation) -> float:
-        """The noise level that an evaluation's step goes to."""
-        return self.steps.sigmas[evaluation.step + 1] if evaluation.step < len(self.steps) else 0.0
 
     # What is given.
 
     def _foretell(self, way: Way, evaluation: Evaluation, call: ConditionsCall, group: Group) -> list[Tensor]:
         found = [way.foretell(call.sigma, call.x, self.known[key].history) for key in group]
         if not self.is_multistage:
-            kept = Foretold(call.sigma, self._weight(evaluation), [value.clone() for value in found])
+            kept = Foretold(
+                call.sigma, self.steps.weight(evaluation.step, evaluation.sigma), [value.clone() for value in found]
+            )
             self.foretold.setdefault(group, []).append(kept)
         self.ways[way.name] += 1
         self.worst = max(self.worst, self.error)
@@ -459,22 +457,17 @@ class ForecastRun(MethodRun):
         for key, result in zip(group, results, strict=True):
             known = self.known[key]
             # Two at one noise level: the later one stands for both.
-            others = [exact for exact in known.history if _gap(exact.sigma, call.sigma) >= SAME_LEVEL]
+            others = [exact for exact in known.history if level_gap(exact.sigma, call.sigma) >= SAME_LEVEL]
             known.history = [Exact(call.sigma, x, result.clone(), self.number), *others][:KEPT]
         self._weigh()
         return outputs
-
-    def _weight(self, evaluation: Evaluation) -> float:
-        """By how much a step moves x / sigma for each unit of its prediction, whatever the solver; 0 at the end."""
-        following = self._following(evaluation)
-        return 1 / following - 1 / evaluation.sigma if 0 < following < evaluation.sigma else 0.0
 
     def _with_errors_taken_back(
         self, evaluation: Evaluation, call: ConditionsCall, group: Group, results: list[Tensor]
     ) -> list[Tensor]:
         """Predictions that also move the latent back by what those foretold since the last evaluation moved it wrongly.
         What lies between two evaluations is known from both, unless the sampler adds noise of its own."""
-        weight, scores = self._weight(evaluation), self.scores.get(group)
+        weight, scores = self.steps.weight(evaluation.step, evaluation.sigma), self.scores.get(group)
         foretold = self.to_take_back.pop(group, None)
         if not foretold or not weight or self.is_multistage or scores is None or not scores.are_derivatives_as_good:
             return results
@@ -500,7 +493,7 @@ class ForecastRun(MethodRun):
         histories = [self.known[key].history for key in group]
         if not all(map(self._is_enough, histories)):
             return
-        gap = max(_gap(history[0].sigma, call.sigma) for history in histories)
+        gap = max(level_gap(history[0].sigma, call.sigma) for history in histories)
         depth = 1 if gap < SAME_LEVEL else min(map(len, histories))
         ways = [way for way in WAYS if way.order < depth]
         # All ways and conditions in one product: on a GPU it is the number of operations that costs.
@@ -578,11 +571,6 @@ class ForecastRun(MethodRun):
                 "steps there is nothing to save but whole steps"
             )
         return "no evaluation could be foretold: each had other prompts, another size or a noise level out of the range"
-
-
-def _gap(sigma: float, other: float) -> float:
-    """How far two noise levels are apart, in log sigma."""
-    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
 
 
 def _row(way: Way, sigma: float, history: Sequence[Exact], depth: int) -> list[float]:

@@ -8,6 +8,7 @@ callables are handed in.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -95,12 +96,36 @@ class Steps:
                 return i
         return min(current, last)
 
+    def following(self, step: int) -> float:
+        """The noise level that a step goes to; 0 past the last."""
+        return self.sigmas[step + 1] if step < len(self) else 0.0
+
+    def weight(self, step: int, sigma: float) -> float:
+        """By how much a step from `sigma` moves x / sigma for each unit of its prediction, whatever the solver; 0 at
+        the end."""
+        following = self.following(step)
+        return 1 / following - 1 / sigma if 0 < following < sigma else 0.0
+
     @cached_property
     def _rising(self) -> list[float] | None:
         """Where each step begins, negated for bisection; None if the sigmas go up somewhere."""
         if any(a < b for a, b in pairwise(self.sigmas)):
             return None
         return [-sigma * (1 + self.TOLERANCE) for sigma in self.sigmas[:-1]]
+
+
+SAME_LEVEL = 1e-3
+"""Up to which gap in log sigma two evaluations are at one noise level."""
+
+
+def level_gap(sigma: float, other: float) -> float:
+    """How far two noise levels are apart, in log sigma."""
+    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
+
+
+def step_share(sigma: float, following: float) -> float:
+    """By what share a step from one noise level to another makes the latent the prediction."""
+    return max(0.0, 1 - following / sigma) if sigma > 0 else 1.0
 
 
 @dataclass(frozen=True)

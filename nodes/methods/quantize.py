@@ -44,8 +44,8 @@ MULTIPLE = 16
 MODULATION = re.compile(r"modulation|ada[lL][nN]|norm\w*\.linear|(?:^|[._])mod(?:[A-Z]\w*|_\w+)?(?=\.|$)")
 TIME = re.compile(r"emb|timestep|time_proj")
 """Layers inside blocks that see one row for each image, and not one for each token: their names in diffusion
-transformers and UNets. Eight bits gain no time there, and would make as much of a transformer's error as all other
-layers of its blocks together: 1.0 % beside 0.9 % in Flux's layout with random weights, int8 dynamic."""
+transformers and UNets. Eight bits gain no time there, and would make nearly as much of a transformer's error as
+all other layers of its blocks together (benchmarks/results/quantize_layers)."""
 
 LARGE = 0.05
 """Of all linear weights: what is left out and takes more is told."""

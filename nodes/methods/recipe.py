@@ -73,6 +73,10 @@ class Given:
         return self.is_gpu and self.has_ram_apart and self.size_mib > self.room_mib(goal)
 
 
+FEW_STEPS = ("FluxSchnell",)
+"""Models whose class tells that they are made for about four steps without guidance. Most classes do not tell: Turbo
+and Lightning are the same as what they come from, or a LoRA on it."""
+
 Holds = Callable[[Given, str], bool]
 
 NEEDS: dict[str, tuple[Holds, str]] = {
@@ -101,6 +105,11 @@ NEEDS: dict[str, tuple[Holds, str]] = {
         lambda given, goal: given.int8_mib <= given.room_mib(goal),
         "its linear layers in int8, {int8_mib:.0f} MiB, would not fit into {room_mib:.0f} MiB either",
     ),
+    "not quantized": (
+        lambda given, _: given.int8_mib > 0,
+        "{model} has no linear layers that are not quantized already, or not ComfyUI's own",
+    ),
+    "few steps": (lambda given, _: given.model.name in FEW_STEPS, "{model} may make many steps"),
     "no room": (lambda given, goal: given.room_mib(goal) <= 0, "there is room"),
 }
 """What a row may need, by name: whether it holds, and what to say where it does not."""
@@ -174,7 +183,7 @@ ROWS = (
     Row((FASTEST,), "cfg_cutoff", {"cutoff": 0.5}, (),
         "half the work in the last half of the steps", "approximate (SSIM 0.971)"),
     Row(MEMORY, "quantize", {"scheme": "int8 weight-only", "offload_originals": "on"},
-        ("GPU", "apart", "too large", "far too large", "int8 fits"),
+        ("GPU", "apart", "too large", "far too large", "not quantized", "int8 fits"),
         "linear layers in half of fp16's memory, so that fewer come as they are used",
         "approximate; unpacking at each use, a transfer in each run"),
     Row(MEMORY, "sequential_offload", {"budget_mib": budget_mib}, ("GPU", "apart", "too large"),
@@ -202,6 +211,8 @@ NEVER = (
 )
 
 ADVICE = (
+    Advice(SPEED, ("few steps",),
+        "{model} is made for four steps at cfg 1: of these Forecast and CFG Cutoff leave out none, and change nothing"),
     Advice((FASTEST,), (), "Tiny VAE decodes in a fraction of the time, with a little less detail"),
     Advice(GOALS, ("GPU", "no bf16"),
         "FP16-Fix VAE: {device} has no bf16, so that ComfyUI decodes in fp32, in twice the memory"),

@@ -126,7 +126,11 @@ async (limit) => {
 _IS_DRAWN = """
 (name) => {
   const { activeWorkflow } = app.extensionManager.workflow
-  return activeWorkflow?.filename === name && activeWorkflow.activeState?.id === (app.rootGraph ?? app.graph).id
+  const state = activeWorkflow?.activeState, graph = app.rootGraph ?? app.graph
+  if (activeWorkflow?.filename !== name || state?.id !== graph.id) return false
+  // The id may be there before the nodes are.
+  const isThere = ({ id, type }) => graph.getNodeById(id)?.type === type
+  return state.nodes.length === graph.nodes.length && state.nodes.every(isThere)
 }
 """
 

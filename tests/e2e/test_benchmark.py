@@ -144,6 +144,7 @@ def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     assert not page.problems()
 
 
+@pytest.mark.long
 @classic_only
 def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(page, workflow):
     """The nodes that they measure have a line for each candidate, and one for the sampler's run."""
@@ -183,6 +184,7 @@ def test_two_of_them_one_in_a_subgraph_beside_a_sampler_each_tell_of_their_own(p
     assert not page.problems()
 
 
+@pytest.mark.long
 def test_in_the_light_theme(open_page, workflow):
     workflow.set(NODE, ABLATION, "off")
     page = open_page("vue", theme="light")

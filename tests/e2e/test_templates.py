@@ -58,8 +58,17 @@ IN_BOTH = {
 }
 """Run in both renderers, the others in one: in the other they are opened, and run where there is time."""
 
-LONG = {"5 - Quantize and compile SDXL"}
-"""Another one compiles too."""
+LONG = {
+    "2 - SDXL best quality",
+    "2 - SDXL fastest",
+    "3 - SDXL under 6 GB",
+    "3 - SDXL under 8 GB",
+    "5 - Compile Model and Compile VAE",
+    "5 - Offload SDXL in stages",
+    "5 - Precision and Attention on SDXL",
+    "5 - Quantize and compile SDXL",
+}
+"""Another one is of the same nodes. They are opened all the same."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -319,3 +320,22 @@ class Counter:
 
 class PlantedError(Exception):
     """An error that a test planted."""
+
+
+def scribbling(model: ModelPatcher, factor: float) -> tuple[ModelPatcher, list[Any]]:
+    """A clone on which predictions are multiplied in place once they were handed out, as guidance may: they are the
+    caller's. Asserts that the latent stays as it came in. Also weak references to those predictions, as they come."""
+    given: list[Any] = []
+
+    def wrapper(executor, denoiser, conds, x, timestep, options):
+        before = x.clone()
+        found = executor(denoiser, conds, x, timestep, options)
+        assert torch.equal(x, before)
+        for one in found:
+            one.mul_(factor)
+        given.extend(weakref.ref(one) for one in found)
+        return found
+
+    patched = model.clone()
+    patched.add_wrapper("calc_cond_batch", wrapper)
+    return patched, given

@@ -226,6 +226,8 @@ def test_the_nodes_show_the_candidates_run_once(model, benchmark, last_lines):
     ((state, text),) = last_lines("9")
     assert state == "active"
     assert text.startswith("candidate: ")
+    # They are none of the prompt's own runs.
+    assert not any(verdict.totals for verdict in hosted.engine("telling.verdicts")._kept.values())
 
 
 def test_a_baseline_with_methods_of_its_own_has_its_own_line_on_their_nodes(model, benchmark, last_lines, monkeypatch):

@@ -1,11 +1,13 @@
-"""The page's commands on graphs and saved workflows, without a browser: node runs the modules that the page runs, and the
-host says whether what they make of a workflow can be queued."""
+"""The page's commands on graphs and saved workflows, without a browser: node runs the modules that the page runs, and
+the host says whether what they make of a workflow can be queued."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,18 +24,18 @@ pytestmark = pytest.mark.skipif(NODE is None, reason="no node was found")
 PROGRAMS = ROOT / "tests" / "web"
 OURS = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 
-REFUSALS = {
-    "unknownSigmas": "noise levels from another scheduler than ComfyUI's own list",
-    "otherModel": "noise levels from another model than the one that is sampled",
-    "stopsEarly": "the last steps left to another sampler",
-    "goesOn": "goes on where another sampler stopped",
-    "unknownGuider": "a guider of its own kind",
-    "unknownPart": "an algorithm or noise of its own kind",
-    "unknownSampler": "Refiner Handoff",
-    "nested": "several latents in one",
-    "outside": "one model for several subgraphs: the Recipe is outside, the sampler inside",
-}
-"""Why a Benchmark is not put into a workflow, and what that means."""
+ROWS = (
+    ("unknownSigmas",),
+    ("otherModel",),
+    ("stopsEarly", "goesOn"),
+    ("unknownGuider", "unknownPart"),
+    ("nested",),
+    ("outside",),
+)
+"""Why no Benchmark is put into a workflow, as the README's table has it."""
+
+REFUSALS = {key for keys in ROWS for key in keys} | {"unknownSampler"}
+"""And Refiner Handoff, in a template of ours."""
 
 
 def templates() -> dict[str, Path]:
@@ -109,6 +111,20 @@ def looked_at(run) -> dict[str, Any]:
 def test_small_graphs(run):
     failures = {name: failure for name, failure in run("cases.mjs").items() if failure}
     assert not failures, "\n\n".join(failures.values())
+
+
+def test_the_host_translates_the_commands_as_the_page_does():
+    """The menu by its English label, the settings by the command's id."""
+    words = (ROOT / "web" / "js" / "commands" / "words.mjs").read_text(encoding="utf-8")
+    names = ("speedUp", "benchmark", "toggle", "remove")
+    english, chinese = ([re.findall(rf"(?m)^    {name}: '(.+)'", words)[i] for name in names] for i in (0, 1))
+    main, commands = (
+        json.loads((ROOT / "locales" / "zh" / f"{file}.json").read_text(encoding="utf-8"))
+        for file in ("main", "commands")
+    )
+    assert main["menuLabels"] == dict(zip(english, chinese, strict=True))
+    ids = [f"Slipstream_{name[0].upper()}{name[1:]}" for name in names]
+    assert commands == {id_: {"label": label} for id_, label in zip(ids, chinese, strict=True)}
 
 
 def test_every_node_of_ours_is_of_one_kind(run):
@@ -192,10 +208,19 @@ def test_the_host_would_take_what_is_made(host, looked_at):
 @pytest.mark.long
 def test_the_host_would_take_what_is_made_of_every_workflow(host, looked_at):
     counts = check_with_the_host(looked_at)
-    theirs = {name: found for name, found in looked_at.items() if name not in OURS}
-    made = {step: Counter(found["steps"][step].get("refused", "done") for found in theirs.values()) for step in ("speedUp", "benchmark")}
     assert counts["known"] > counts["unknown"]
-    print(f"\n{len(theirs)} of ComfyUI's workflows sample; the host knows all nodes of {counts['known']}, ours included")
-    for step, results in made.items():
-        for key, number in results.most_common():
-            print(f"| {step} | {REFUSALS.get(key, key)} | {number} |")
+
+
+def test_the_readme_says_of_how_many(looked_at):
+    theirs = [found["steps"] for name, found in looked_at.items() if name not in OURS]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    version = importlib.metadata.version("comfyui-workflow-templates")
+    total, told, put = re.findall(r"All (\d+) workflows .*?\((\S+):.*? wired into (\d+) of them", text, re.DOTALL)[0]
+    if version != told:
+        pytest.skip(f"it tells of {told}, and here is {version}")
+    refused = Counter(steps["benchmark"].get("refused", "") for steps in theirs)
+    assert (int(total), int(put)) == (len(theirs), refused.pop(""))
+    table = text[text.index("| workflows | why no Benchmark |") :].split("\n\n")[0]
+    rows = [int(number) for number in re.findall(r"(?m)^\| (\d+) \|", table)]
+    assert rows == [sum(refused.pop(key) for key in keys) for keys in ROWS]
+    assert not refused

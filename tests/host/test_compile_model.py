@@ -121,11 +121,11 @@ def attention_overridden(factor):
     return change
 
 
-def wrapped(factor):
+def wrapped(factor, kind=WrappersMP.DIFFUSION_MODEL):
     def change(patcher):
         clone = patcher.clone()
         wrapper = lambda executor, *args, **kwargs: executor(*args, **kwargs) * factor  # noqa: E731
-        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+        clone.add_wrapper_with_key(kind, "test", wrapper)
         return clone
 
     return change
@@ -169,15 +169,11 @@ PATCHES = {
 }
 
 
-ALIKE = ("LoRA's strength", "core FreeU", "FreeU", "self-attention replaced", "input block patched")
-"""Those of which another one is of the same kind."""
-
-
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
         *((name, "blocks") for name in PATCHES),
-        *((long if name in ALIKE else pytest.param)(name, "model") for name in PATCHES),
+        *((pytest.param if name == "LoRA" else long)(name, "model") for name in PATCHES),
     ],
 )
 def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, model, tallies):
@@ -210,12 +206,15 @@ INPUTS = {
 }
 
 
+SHORT = ("resolution", "prompt length")
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
-        *((name, "blocks") for name in INPUTS),
+        *((pytest.param if name in SHORT else long)(name, "blocks") for name in INPUTS),
         # A whole UNet takes as long as all blocks to trace, for each.
-        *((pytest.param if name in ("resolution", "unguided") else long)(name, "model") for name in INPUTS),
+        *((pytest.param if name == "resolution" else long)(name, "model") for name in INPUTS),
     ],
 )
 def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, tiniest, fresh, tallies):
@@ -233,7 +232,8 @@ def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, 
     assert not tallies[3].new_graphs
 
 
-@pytest.mark.parametrize("dynamic", ["auto", long("on"), long("off")])
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", ["auto", "on", "off"])
 def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic, tiniest, fresh, tallies):
     compiled = compile_model(tiniest, backend=BACKEND, dynamic=dynamic)
     for size in (16, 24, 32):
@@ -242,8 +242,9 @@ def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic,
     assert made == {"auto": [True, True, False], "on": [True, False, False], "off": [True, True, True]}[dynamic]
 
 
-@every_scope
-@pytest.mark.parametrize("control", ["with", "both"])
+@pytest.mark.parametrize(
+    ("control", "scope"), [("with", "blocks"), ("both", "model"), long("with", "model"), long("both", "blocks")]
+)
 def test_controlnet_is_followed_and_can_come_and_go(control, scope, model):
     net = controlnet(model)
     compiled = compile_model(model, backend=BACKEND, scope=scope)
@@ -309,6 +310,7 @@ def core_compiled(patcher):
     return clone
 
 
+@pytest.mark.long
 def test_core_s_node_uses_a_stale_graph_where_ours_does_not(tiniest):
     """It drops every guard on the transformer options: an attention patch put on later is silently not run."""
     core, ours = core_compiled(tiniest), compile_model(tiniest, scope="model")
@@ -390,6 +392,7 @@ def test_take_the_node_out_and_the_eager_bits_are_back(model):
     assert not any("forward" in module.__dict__ for module in unet.modules())
 
 
+@pytest.mark.long
 def test_two_differently_compiled_models_in_one_workflow(model):
     other = hosted.model("minimal", seed=8)
     expected = [sample(model), sample(other)]
@@ -430,6 +433,7 @@ def test_a_backend_that_fails_names_itself_and_leaves_the_model_as_it_was(model,
     assert torch.equal(sample(compiled), before)
 
 
+@pytest.mark.long
 def test_more_variants_than_dynamo_keeps_are_made_anew_and_never_run_without(tiniest, fresh, monkeypatch, tallies):
     monkeypatch.setattr(hosted.compiling("functions"), "VARIANTS", 2)
     compiled = compile_model(tiniest, dynamic="off")

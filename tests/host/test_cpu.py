@@ -234,7 +234,7 @@ def test_cached_steps_run_them_too(last_lines):
     assert 2 * len(convolutions(model)) < number < 4 * len(convolutions(model))
 
 
-@pytest.mark.parametrize("scope", ["blocks", "model"])
+@pytest.mark.parametrize("scope", ["blocks", pytest.param("model", marks=pytest.mark.long)])
 def test_compiled_graphs_call_them_and_do_not_keep_them(scope, model):
     """On and off and on again, with other weights: each time as without graphs."""
     expected, plain = sample(faster(model)), sample(model)

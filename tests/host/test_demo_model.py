@@ -127,7 +127,7 @@ def test_the_vae_gives_back_what_it_was_given(exact, demo):
         long("SlipstreamDeepCache", {"cache_interval": 3, "cache_branch_id": 0}, 0.88),
         long("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.985),
         long("SlipstreamCFGCutoff", {"cutoff": 0.5, "unit": "steps"}, 0.95),
-        ("SlipstreamQuantize", {"scheme": "int8 dynamic", "min_features": 0}, 0.998),
+        long("SlipstreamQuantize", {"scheme": "int8 dynamic", "min_features": 0}, 0.998),
         long("SlipstreamQuantize", {"scheme": "fp8 weight-only", "min_features": 0}, 0.99),
     ],
 )

@@ -36,6 +36,8 @@ OURS = [name for name in METHODS if name != "SlipstreamSequentialOffload"]
 """On a CPU it has nothing to do."""
 ALL = "all"
 STEPS = 4
+FORECASTED = 6
+"""Steps of a run in which Forecast can skip one: its first three and its last two are evaluated."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,8 +94,8 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plainly(patcher: Any) -> torch.Tensor:
-    return sample(patcher, steps=STEPS)
+def plainly(patcher: Any, steps: int) -> torch.Tensor:
+    return sample(patcher, steps=steps)
 
 
 @dataclass
@@ -111,18 +113,18 @@ class Setup:
     """
 
     model: Any
-    sample: Callable[[Any], torch.Tensor] = plainly
-    without: Callable[[Any], torch.Tensor] | None = plainly
+    sample: Callable[[Any, int], torch.Tensor] = plainly
+    without: Callable[[Any, int], torch.Tensor] | None = plainly
     wire: Callable[[Any], Any] = lambda patcher: patcher
     is_model_node: bool = False
     inert: frozenset[str] = frozenset()
     exact: frozenset[str] = frozenset()
 
-    def run(self, patcher: Any) -> torch.Tensor:
+    def run(self, patcher: Any, steps: int) -> torch.Tensor:
         # Some draw from the one generator of the process.
         torch.manual_seed(0)
         with torch.inference_mode():
-            return self.sample(patcher)
+            return self.sample(patcher, steps)
 
 
 # IPAdapter Plus
@@ -189,12 +191,12 @@ def advanced_controlnet() -> Setup:
     mask = torch.ones(1, 128, 128)
     mask[..., :64] = 0.5
 
-    def run(patcher: Any) -> torch.Tensor:
+    def run(patcher: Any, steps: int) -> torch.Tensor:
         conditionings = node("ACN_AdvancedControlNetApply_v2").execute(
             prompt(model, 10), prompt(model, 11), control, image, 1.0, 0.0, 1.0,
             mask_optional=mask, timestep_kf=late.result[0], weights_override=weights,
         )  # fmt: skip
-        return sample(patcher, *conditionings.result, steps=STEPS)
+        return sample(patcher, *conditionings.result, steps=steps)
 
     return Setup(model, run)
 
@@ -212,10 +214,10 @@ def reference_controlnet(kind: str) -> Setup:
         condhint=randn(1, 4, 16, 16, seed=3)
     )
 
-    def run(patcher: Any) -> torch.Tensor:
+    def run(patcher: Any, steps: int) -> torch.Tensor:
         apply = node("ACN_AdvancedControlNetApply_v2")
         conditionings = apply.execute(prompt(model, 10), prompt(model, 11), control, image, 1.0, 0.0, 1.0)
-        return sample(patcher, *conditionings.result, steps=STEPS)
+        return sample(patcher, *conditionings.result, steps=steps)
 
     return Setup(model, run, **REFERENCE)
 
@@ -263,8 +265,8 @@ def animatediff(version: str = "v3", context: str | None = None, **inputs: Any) 
             patcher, "autoselect", motions, context_options=options, sample_settings=settings
         )[0]
 
-    def run(patcher: Any) -> torch.Tensor:
-        return sample(patcher, image=latent(model, batch=FRAMES), steps=STEPS)
+    def run(patcher: Any, steps: int) -> torch.Tensor:
+        return sample(patcher, image=latent(model, batch=FRAMES), steps=steps)
 
     return Setup(model, run, run, wire, True, **(REFERENCE if extras is not None else {}))
 
@@ -305,31 +307,36 @@ def impact(name: str) -> Setup:
     mask = torch.zeros(1, 128, 128)
     mask[:, 32:96, 32:96] = 1.0
     pipe = lambda patcher: (patcher, None, vae, positive, negative)  # noqa: E731
-    arguments = {"seed": 1, "steps": STEPS, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
+    arguments = {"seed": 1, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
     empty = lambda: {"samples": latent(model)}  # noqa: E731
 
-    def basic_pipe(patcher: Any) -> torch.Tensor:
-        _, out, _ = node("ImpactKSamplerBasicPipe").sample(pipe(patcher), latent_image=empty(), **arguments)
+    def basic_pipe(patcher: Any, steps: int) -> torch.Tensor:
+        _, out, _ = node("ImpactKSamplerBasicPipe").sample(
+            pipe(patcher), latent_image=empty(), steps=steps, **arguments
+        )
         return out["samples"]
 
-    def two_samplers(patcher: Any) -> torch.Tensor:
+    def two_samplers(patcher: Any, steps: int) -> torch.Tensor:
         make = node("KSamplerProvider").doit
-        samplers = [make(**arguments | {"seed": i}, denoise=1.0, basic_pipe=pipe(patcher))[0] for i in (1, 2)]
+        samplers = [
+            make(**arguments | {"seed": i, "steps": steps}, denoise=1.0, basic_pipe=pipe(patcher))[0] for i in (1, 2)
+        ]
         return node("TwoSamplersForMask").doit(empty(), *samplers, mask)[0]["samples"]
 
-    def regional(patcher: Any) -> torch.Tensor:
+    def regional(patcher: Any, steps: int) -> torch.Tensor:
         make = node("KSamplerAdvancedProvider").doit
         base, region = [make(cfg, "euler", "normal", pipe(patcher))[0] for cfg in (5.0, 3.0)]
         prompts = node("RegionalPrompt").doit(mask, region)[0]
         return node("RegionalSampler").doit(
-            1, 0, "ignore", STEPS, 1, 1.0, empty(), base, prompts, 10, True, "DISABLE", "AUTO", 0.3
+            1, 0, "ignore", steps, 1, 1.0, empty(), base, prompts, 10, True, "DISABLE", "AUTO", 0.3
         )[0]["samples"]
 
-    def upscale(patcher: Any) -> torch.Tensor:
+    def upscale(patcher: Any, steps: int) -> torch.Tensor:
         upscaler = node("PixelKSampleUpscalerProvider")().doit(
             "bilinear",
             patcher,
             vae,
+            steps=steps,
             **arguments,
             positive=positive,
             negative=negative,
@@ -338,18 +345,22 @@ def impact(name: str) -> Setup:
         )[0]
         return node("IterativeLatentUpscale")().doit(empty(), 1.5, 2, "", upscaler)[0]["samples"]
 
-    def detailer(patcher: Any) -> torch.Tensor:
+    def detailer(patcher: Any, steps: int) -> torch.Tensor:
         image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(7))
         segments = node("MaskToSEGS").doit(mask, False, 1.5, False, 8)[0]
         return node("DetailerForEach")().doit(
-            image, segments, patcher, None, vae, 128, True, 256, **arguments, positive=positive, negative=negative,
-            denoise=0.6, feather=5, noise_mask=True, force_inpaint=True, wildcard="", cycle=1,
+            image, segments, patcher, None, vae, 128, True, 256, **arguments, steps=steps, positive=positive,
+            negative=negative, denoise=0.6, feather=5, noise_mask=True, force_inpaint=True, wildcard="", cycle=1,
         )[0]  # fmt: skip
 
     kinds = (basic_pipe, two_samplers, regional, upscale, detailer)
     run = {kind.__name__: kind for kind in kinds}[name]
     # Each step of it is a run of its own.
-    inert = frozenset({"SlipstreamDeepCache", "SlipstreamCFGCutoff"}) if name == "regional" else frozenset()
+    inert = (
+        frozenset({"SlipstreamDeepCache", "SlipstreamCFGCutoff", "SlipstreamForecast"})
+        if name == "regional"
+        else frozenset()
+    )
     return Setup(model, run, None, inert=inert)
 
 
@@ -380,11 +391,16 @@ SETUPS: dict[str, Callable[[], Setup]] = {
 
 
 @cache
-def prepared(name: str) -> tuple[Setup, torch.Tensor]:
+def made(name: str) -> Setup:
+    return SETUPS[name]()
+
+
+@cache
+def prepared(name: str, steps: int) -> tuple[Setup, torch.Tensor]:
     """A setup, and its image without ours."""
-    setup = SETUPS[name]()
-    without = None if setup.without is None else setup.without(setup.model)
-    image = setup.run(setup.wire(setup.model))
+    setup = made(name)
+    without = None if setup.without is None else setup.without(setup.model, steps)
+    image = setup.run(setup.wire(setup.model), steps)
     assert without is None or not torch.equal(image, without), "the pack does nothing"
     return setup, image
 
@@ -399,21 +415,22 @@ def ours(patcher: Any, names: list[str]) -> Any:
 @pytest.mark.parametrize("name", list(SETUPS))
 def test_it_works_with(name, method, last_lines):
     """One image wherever ours are wired, each active, and nothing left behind."""
-    setup, theirs = prepared(name)
+    steps = FORECASTED if method in ("SlipstreamForecast", ALL) else STEPS
+    setup, theirs = prepared(name, steps)
     names = [other for other in OURS if method in (other, ALL)]
     modules = list(setup.model.model.diffusion_model.named_modules())
-    below = setup.run(ours(setup.wire(setup.model), names))
+    below = setup.run(ours(setup.wire(setup.model), names), steps)
     inert = {one for node_id, one in enumerate(names, 1) if is_inert(last_lines(str(node_id)))}
     # What Recipe would choose, other nodes have set.
     replaced = setup.exact | {"SlipstreamRecipe"} if method == ALL else set()
     assert inert == setup.inert.intersection(names) | replaced
     if setup.is_model_node:
-        assert torch.equal(setup.run(setup.wire(ours(setup.model, names))), below)
+        assert torch.equal(setup.run(setup.wire(ours(setup.model, names)), steps), below)
     assert below.isfinite().all()
     assert torch.equal(below, theirs) == (inert.issuperset(names) or method in EXACT | setup.exact)
     if method == "SlipstreamDeepCache" and setup.without is not None:
-        assert not torch.equal(below, setup.without(ours(setup.model, names)))
-    assert torch.equal(setup.run(setup.wire(setup.model)), theirs)
+        assert not torch.equal(below, setup.without(ours(setup.model, names), steps))
+    assert torch.equal(setup.run(setup.wire(setup.model), steps), theirs)
     assert list(setup.model.model.diffusion_model.named_modules()) == modules
 
 

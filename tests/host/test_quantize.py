@@ -81,6 +81,9 @@ def test_of_a_transformer_what_is_around_its_blocks_and_what_sees_one_row_an_ima
     assert quantized
     assert not [path for path in quantized if any(part in path for part in AROUND)]
     assert not [path for path in quantized if rows[path] == 1]
+    # Of what is numbered, as blocks are, all else is.
+    of_blocks = {path for path, count in rows.items() if count > 1 and re.search(r"\.\d+\.", path)}
+    assert not [path for path in of_blocks - quantized if not any(part in path for part in AROUND)]
 
 
 def test_what_is_left_out_and_much_of_the_model_is_told(last_lines):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
 from hosted import add_lora, execute, run_node, sample
+from small_models import transformer
 
 GPU = torch.device("cpu", 0)
 """The CPU by its index: another device to the host, so it loads and offloads, but nothing really moves."""
@@ -67,6 +68,22 @@ def test_what_is_given_is_the_models_and_the_machines(model):
     assert seen.device_mib > weights
     assert 100 < seen.activations_mib < 10_000
     assert not seen.is_dynamic
+
+
+def test_of_a_transformer_what_quantize_model_takes_is_counted():
+    """Neither modulation nor what is quantized already."""
+    look, flux = hosted.engine("recipe").given, transformer("Flux")
+    blocks = [part for name in ("double_blocks", "single_blocks") for part in getattr(flux.model.diffusion_model, name)]
+    layers = [
+        layer
+        for block in blocks
+        for path, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "mod" not in path
+    ]
+    assert look(flux).int8_mib == pytest.approx(1.02 * sum(layer.weight.numel() for layer in layers) / 2**20)
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert look(flux).int8_mib == 0
 
 
 def test_what_is_given_does_not_depend_on_what_is_wired_before(model):

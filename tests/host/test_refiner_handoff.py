@@ -47,8 +47,9 @@ def hand_over(base, refiner, **values):
     mode = {"mode": "ensemble", **values.pop("mode", {})}
     values.setdefault("latent_image", {"samples": latent(base, 8)})
     for side, seed in (("positive", 10), ("negative", 11)):
-        values.setdefault(f"base_{side}", prompt(base, seed))
-        values.setdefault(f"refiner_{side}", prompt(refiner, seed))
+        for part, model in (("base", base), ("refiner", refiner)):
+            if f"{part}_{side}" not in values:
+                values[f"{part}_{side}"] = prompt(model, seed)
     inputs = {**call, **values}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     result = execute("SlipstreamRefinerHandoff", "9", base=base, refiner=refiner, mode=mode, **inputs).result
@@ -419,6 +420,57 @@ def test_noise_of_another_kind_is_refused_in_an_ensemble_alone(base):
         hand_over(base, flow)
     samples, _ = hand_over(base, flow, mode={"mode": "image to image"})
     assert torch.isfinite(samples).all()
+
+
+def hand_over_transformers(base, refiner, seed=SEED, steps=6, **mode):
+    """Two families of transformers, each with its own prompts; and what the host's SamplerCustom makes in two calls."""
+    models = [small_models.transformer(name) for name in (base, refiner)]
+    prompts = [[small_models.transformer_prompt(name, one) for one in (1, 2)] for name in (base, refiner)]
+    image = small_models.transformer_latent(base)
+    named = dict(zip(("base_positive", "base_negative"), prompts[0], strict=True))
+    named |= dict(zip(("refiner_positive", "refiner_negative"), prompts[1], strict=True))
+    call = {"latent_image": {"samples": image}, "scheduler": "simple", "steps": steps, "mode": mode}
+    samples, _ = hand_over(*models, **named, **call)
+    sigmas = comfy.samplers.KSampler(models[0], steps, "cpu", "euler", "simple").sigmas
+    noise, expected = comfy.sample.prepare_noise(image, seed), image
+    half = steps // 2
+    for model, (positive, negative), part in zip(models, prompts, (sigmas[: half + 1], sigmas[half:]), strict=True):
+        sampler = comfy.samplers.sampler_object("euler")
+        with torch.inference_mode():
+            expected = comfy.sample.sample_custom(
+                model, noise, 5.0, sampler, part, positive, negative, expected, disable_pbar=True, seed=seed
+            )
+        noise = torch.zeros_like(image)
+    return samples, expected
+
+
+@pytest.mark.parametrize(
+    ("base", "refiner"),
+    [
+        ("Wan 2.1", "Wan 2.1"),
+        ("Flux", "Chroma"),
+        ("Flux", "HiDream"),
+        ("Flux", "Z-Image"),
+        ("Qwen-Image", "Wan 2.1"),
+    ],
+)
+def test_two_transformers_of_the_same_latents_and_noise(base, refiner):
+    """The noise levels are the base's, whatever the shift of the other one's own schedule."""
+    samples, expected = hand_over_transformers(base, refiner, handoff=0.5, split="steps")
+    assert relative(samples, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("base", "refiner", "what"),
+    [
+        ("Flux", "SD3", "latents, but the base is Flux and the refiner SD3"),
+        ("Wan 2.1", "HunyuanVideo", "latents, but the base is WAN21_T2V and the refiner HunyuanVideo"),
+        ("Qwen-Image", "Cosmos Predict2", "noise, but the base is QwenImage and the refiner CosmosT2IPredict2"),
+    ],
+)
+def test_two_transformers_of_other_latents_or_noise_are_refused(base, refiner, what):
+    with pytest.raises(RuntimeError, match=f"same kind of {what}, .* Use a refiner that shares the base's latents"):
+        hand_over_transformers(base, refiner)
 
 
 def test_a_latent_that_is_not_finite_stops_there_naming_the_model(base, refiner):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_management
 import hosted
 import pytest
@@ -35,6 +37,20 @@ def test_it_tells_time_steps_and_each_verdict(model, verdicts):
     ((line),) = verdicts._kept[("workflow", "9")].lines.values()
     assert line["state"] == "active"
     assert len(verdicts._kept[("workflow", "9")].record["step_s"]) == 6
+
+
+def test_a_prompts_runs_are_added_up(model, verdicts):
+    model = run_node("SlipstreamCFGCutoff", run_node("SlipstreamDeepCache", model, "1"), "2", cutoff=0.5)
+    verdicts.here = replace(verdicts.here, id="two runs")
+    sample(model)
+    sample(model)
+    for node in ("1", "2"):
+        totals = dict(verdicts._kept[("workflow", node)].totals)
+        assert totals.pop("elapsed_s") > 0
+        assert totals == {"evaluations": 12, "predictions": 18, "full_predictions": 24, "reused": 8}
+    verdicts.here = replace(verdicts.here, id="one more")
+    sample(model)
+    assert verdicts._kept[("workflow", "1")].as_dict()["totals"]["evaluations"] == 6
 
 
 def test_steps_add_up_to_the_run(model, verdicts):

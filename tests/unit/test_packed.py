@@ -19,7 +19,7 @@ PACKED = set(packed_files())
 def test_what_is_packed():
     tops = {PurePosixPath(name).parts[0] for name in PACKED} - {"locales", "subgraphs"}
     folders = {"nodes", "web", "weights", "workflows", "training"}
-    assert tops == folders | {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert tops == folders | {"__init__.py", "pyproject.toml", "README.md", "WORKS-WITH.md", "CHANGELOG.md", "LICENSE"}
     assert [name for name in PACKED if name.startswith("training/")] == ["training/results/sheet.jpg"]
     kinds = {PurePosixPath(name).suffix for name in PACKED} - {""}
     assert kinds <= {".py", ".js", ".mjs", ".json", ".md", ".jpg", ".png", ".webp", ".safetensors", ".toml"}

@@ -17,11 +17,13 @@ from slipstream_pack.nodes.methods.recipe import GOALS, LIMITS, NEVER, ROWS, Giv
 FUSED = {"fuse_qkv": True}
 
 SIZES = {
-    # Family, weights in fp16, their linear layers in eight bits, features of a guided 1024x1024, in MiB.
+    # Family, weights in fp16, what Quantize Model makes of them in eight bits, features of a guided 1024x1024, in MiB.
     "SD15": ("SD1", 1640, 240, 655),
     "SDXL": ("SDXL", 4897, 2150, 524),
     "SDXLRefiner": ("SDXL refiner", 4310, 1900, 655),
-    "Flux": (None, 22700, 11500, 2031),
+    "Flux": (None, 22700, 8100, 2031),
+    "FluxSchnell": (None, 22700, 8100, 2031),
+    "Flux in fp8": (None, 11350, 0, 2031),
     "ZImage": (None, 11740, 5900, 1600),
 }
 MACHINES = {
@@ -274,6 +276,22 @@ def test_a_goal_that_is_reached_already_changes_nothing(installed):
 def test_a_choice(goal, machine, model, expected, installed):
     installed("inductor", "torchao")
     assert settings(choose(goal, describe(machine, model), kind)) == expected
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_of_few_steps_nothing_is_left_out_and_only_a_class_tells_that(goal, installed):
+    installed("inductor")
+    for model in SIZES:
+        text = str(choose(goal, describe("RTX 3090", model), kind))
+        told = "> FluxSchnell is made for four steps at cfg 1" in text
+        assert told == (model == "FluxSchnell" and goal in ("balanced", "fastest"))
+
+
+def test_what_is_quantized_already_is_offloaded(installed):
+    installed("torchao")
+    found = choose("under 4 GB", describe("RTX 3090", "Flux in fp8"), kind)
+    assert "sequential_offload" in stems(found)
+    assert found.left["Quantize Model"].startswith("Flux in fp8 has no linear layers that are not quantized already")
 
 
 def test_a_goal_that_cannot_be_reached_says_so(installed):

@@ -119,6 +119,10 @@ const CASES = {
     const { root } = Flow.basic({ model: (flow, loader) => [flow.add('SlipstreamCPU', { model: [loader] })] })
     assert.deepEqual(speedUp(root, 'fastest', create).facts.map(([key]) => key), ['suggests'])
     assert.equal(ours(root).length, 1)
+    // Bypassed, it suggests nothing.
+    ours(root)[0].mode = 4
+    assert.deepEqual(speedUp(root, 'fastest', create).facts.map(([key]) => key), ['put'])
+    assert.equal(ofType(root, 'SlipstreamCPU')[0].mode, 4)
   },
 
   'A method of ours that is there stays, and a Recipe comes after it'() {
@@ -168,6 +172,41 @@ const CASES = {
     second.mode = 4
     flow.sampler.mode = 2
     refuses('noRun', () => speedUp(flow.root, 'balanced', create))
+  },
+
+  'A bypassed merge passes its first model alone, so that the sampler shares it'() {
+    const flow = Flow.basic()
+    const merge = flow.add('ModelMergeSimple', { model1: [flow.loader], model2: [flow.add('UNETLoader')] })
+    const second = flow.sample([merge])
+    assert.equal(undone(flow.root, () => speedUp(flow.root, 'balanced', create)).nodes.length, 2)
+    merge.mode = 4
+    assert.equal(undone(flow.root, () => speedUp(flow.root, 'balanced', create)).nodes.length, 1)
+    assert.equal(from(second, 'model'), merge)
+  },
+
+  'Other packs\' wires that are none are passed, and each sampler behind them has its own Recipe'() {
+    const flow = Flow.basic()
+    const virtual = (type, slots) => {
+      const node = Object.assign(new Node(type, type), { isVirtualNode: true, ...slots })
+      flow.root.add(node)
+      return node
+    }
+    const slot = { name: 'MODEL', type: 'MODEL', link: null }
+    const setter = virtual('SetNode', { inputs: [{ ...slot }], outputs: [{ ...slot, links: [] }] })
+    flow.loader.connect(0, setter, 0)
+    const getter = () => {
+      const node = virtual('GetNode', { outputs: [{ ...slot, links: [] }] })
+      return Object.assign(node, { getInputLink: () => setter.getInputLink(0) })
+    }
+    const getters = [getter(), getter()]
+    flow.wire(getters[0], 0, flow.sampler, 'model')
+    const second = flow.sample([getters[1]])
+    const before = [flow.sampler, second].map((node) => from(node, 'model'))
+    const { nodes } = speedUp(flow.root, 'balanced', create)
+    assert.deepEqual([flow.sampler, second].map((node) => from(node, 'model')), nodes)
+    assert.deepEqual(nodes.map((node) => from(node, 'model')), getters)
+    remove(flow.root, create)
+    assert.deepEqual([flow.sampler, second].map((node) => from(node, 'model')), before)
   },
 
   'A model that a muted node stops is none'() {
@@ -311,6 +350,8 @@ const CASES = {
     const names = ['seed', 'steps', 'cfg', 'sampler_name', 'scheduler', 'denoise']
     assert.deepEqual(names.map((name) => widget(node, name).value), [5, 9, 3, 'heun', 'karras', 0.5])
     assert.equal(from(node, 'candidate').type, 'SlipstreamRecipe')
+    flow.root.remove(node)
+    assert.equal(benchmark(flow.root, create, guider).facts[0][2], `${custom.title} ${custom.id}`)
   },
 
   'A sampler that goes on, or stops early, is not measured'() {

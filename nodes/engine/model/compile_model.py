@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
@@ -45,6 +45,7 @@ from .blocks import (
 from .unet import HostUNetCall, capturing, outer_blocks
 
 Found = TypeVar("Found", bound="Prepared")
+Call = TypeVar("Call", bound="HostUNetCall | ModelCall")
 
 
 class Compiling:
@@ -123,10 +124,12 @@ class Prepared:
         left_out: why others can't, and how many.
         total: of the blocks.
         told: what is compiled, for the verdict.
+        weights: how they are, in the user's words.
     """
 
-    def __init__(self, compiler: Compiler):
+    def __init__(self, module: nn.Module, compiler: Compiler):
         self.compiler = compiler
+        self.weights = _weights(module)
         self.forwards: list[tuple[nn.Module, Forward]] = []
         self.left_out: Counter[str] = Counter()
         self.total = 0
@@ -150,9 +153,8 @@ class PreparedUNet(Prepared):
     """
 
     def __init__(self, unet: Any, compiler: Compiler, device: torch.device):
-        super().__init__(compiler)
+        super().__init__(unet, compiler)
         self.unet = unet
-        self.weights = _weights(unet)
         for level, block in _blocks(unet):
             kind = (type(block).__name__, level, weights_form(block))
             make = _residual if isinstance(block, ResBlock) else _transformer
@@ -164,10 +166,10 @@ class PreparedUNet(Prepared):
         self.told = "the UNet" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
 
 
-class CompiledUNetCall:
-    """`methods.method.UNetCall`, compiled."""
+class _CompiledCall(Generic[Call, Found]):
+    """What calls of a UNet and of other models share."""
 
-    def __init__(self, call: HostUNetCall, prepared: PreparedUNet, run: Compiling):
+    def __init__(self, call: Call, prepared: Found, run: Compiling):
         self.call = call
         self.prepared = prepared
         self.compiler = prepared.compiler
@@ -175,6 +177,24 @@ class CompiledUNetCall:
         self.family = run.family
         self.has_hooks = run.has_hooks
         self.downscale = run.downscale
+
+    def _given(self) -> dict[str, Any]:
+        """What graphs may depend on beside the size, in the user's words."""
+        call = self.call
+        return {
+            "batch": call.x.shape[0],
+            "prompt length": 0 if call.context is None else call.context.shape[1],
+            "precision": str(call.x.dtype).removeprefix("torch."),
+            "weights": self.prepared.weights,
+            "attention": attention.described(call.options),
+        }
+
+
+class CompiledUNetCall(_CompiledCall[HostUNetCall, PreparedUNet]):
+    """`methods.method.UNetCall`, compiled."""
+
+    def __init__(self, call: HostUNetCall, prepared: PreparedUNet, run: Compiling):
+        super().__init__(call, prepared, run)
         self.keys = call.keys
 
     def full(self, branch: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -215,17 +235,8 @@ class CompiledUNetCall:
 
     def _shape(self) -> dict[str, Any]:
         """What graphs may depend on, in the user's words."""
-        call = self.call
-        height, width = (side * self.downscale for side in call.x.shape[-2:])
-        return {
-            "model": self.family,
-            "resolution": f"{width}x{height}",
-            "batch": call.x.shape[0],
-            "prompt length": 0 if call.context is None else call.context.shape[1],
-            "precision": str(call.x.dtype).removeprefix("torch."),
-            "weights": self.prepared.weights,
-            "attention": attention.described(call.options),
-        }
+        height, width = (side * self.downscale for side in self.call.x.shape[-2:])
+        return {"model": self.family, "resolution": f"{width}x{height}", **self._given()}
 
     def _not_whole(self) -> str | None:
         """Why this call can't be one graph: another node's code runs inside the UNet, which no graph may keep."""
@@ -298,8 +309,7 @@ class PreparedModel(Prepared):
     """
 
     def __init__(self, module: nn.Module, compiler: Compiler, device: torch.device):
-        super().__init__(compiler)
-        self.weights = _weights(module)
+        super().__init__(module, compiler)
         # The most first: one of them is timed.
         for kind, blocks in sorted(repeated(module).items(), key=lambda entry: -len(entry[1])):
             known = words(blocks[0])
@@ -331,18 +341,12 @@ class ModelCall:
     run: Callable[[], torch.Tensor]
 
 
-class CompiledModelCall:
+class CompiledModelCall(_CompiledCall[ModelCall, PreparedModel]):
     """A call of a model that is no UNet, compiled."""
 
     def __init__(self, module: nn.Module, call: ModelCall, prepared: PreparedModel, run: Compiling):
+        super().__init__(call, prepared, run)
         self.module = module
-        self.call = call
-        self.prepared = prepared
-        self.compiler = prepared.compiler
-        self.tally = run.tally
-        self.family = run.family
-        self.has_hooks = run.has_hooks
-        self.downscale = run.downscale
 
     def run(self) -> torch.Tensor:
         """Make it."""
@@ -376,20 +380,14 @@ class CompiledModelCall:
 
     def _shape(self) -> dict[str, Any]:
         """What graphs may depend on, in the user's words."""
-        call, sides = self.call, self.call.x.shape[2:]
+        sides = self.call.x.shape[2:]
         shape: dict[str, Any] = {"model": self.family}
         if len(sides) > 1:
             height, width = (side * self.downscale for side in sides[-2:])
             shape["resolution"] = f"{width}x{height}"
         if len(sides) != 2:
             shape["length"] = sides[0]
-        return shape | {
-            "batch": call.x.shape[0],
-            "prompt length": 0 if call.context is None else call.context.shape[1],
-            "precision": str(call.x.dtype).removeprefix("torch."),
-            "weights": self.prepared.weights,
-            "attention": attention.described(call.options),
-        }
+        return shape | self._given()
 
     def _timed(
         self, forwards: list[tuple[nn.Module, Forward]], shape: dict[str, Any]

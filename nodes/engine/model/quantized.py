@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
 """What has a layer of the host's use its weights as they are."""
+
+ATTENTION = re.compile(r"attn|attention|(?:query|key|q|k)_?norm|norm_?(?:query|key|q|k)\b")
+"""Names of what a block with attention has: Flux's single blocks are norms of queries and keys between two layers."""
 
 OFFLOADED_AT_ONCE = 256 * 2**20
 """Bytes. The host logs a line each time."""
@@ -205,8 +209,8 @@ def sorted_out(paths: Mapping[nn.Module, str], quantizer: Quantizer) -> Iterator
 
 
 def _has_attention(module: nn.Module) -> bool:
-    named = ((path + type(part).__name__).lower() for path, part in module.named_modules() if part is not module)
-    return any("attn" in name or "attention" in name for name in named)
+    named = (f"{path}.{type(part).__name__}".lower() for path, part in module.named_modules() if part is not module)
+    return any(ATTENTION.search(name) for name in named)
 
 
 def has_own_memory(device: torch.device) -> bool:

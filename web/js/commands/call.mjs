@@ -65,6 +65,12 @@ export function runs(walk) {
   return walk.nodes.filter((node) => walk.isLive(node) && isRun(node) && !isGuider(node))
 }
 
+/** What samples with a guider; a sampler itself. @param {Walk} walk @param {Node} node @returns {Node} */
+export function runOf(walk, node) {
+  const takes = (run) => walk.maker(run, inputNamed(run, 'guider'))?.node === node
+  return runs(walk).find(takes) ?? node
+}
+
 /**
  * A sampling run, as Benchmark can make it.
  * @param {Walk} walk

@@ -16,7 +16,7 @@
  * @typedef {{ point: Point } | { copy: Node, slot: number, inputs: Map<number, Plain> }} Plain A model without us: a
  *   point that has it, or the copy of a node that is to be made.
  */
-import { Refusal, callOf, decodingVae, runs } from './call.mjs'
+import { Refusal, callOf, decodingVae, runOf, runs } from './call.mjs'
 import { place, slotPlace } from './place.mjs'
 import {
   BENCHMARK, COPY, HOSTS_OWN, MODEL, RECIPE, Walk, common, isOn, isOurs, kindOf, nameOf, passedInput, switchNode
@@ -42,7 +42,10 @@ export function speedUp(root, goal, create) {
   if (!served.length) throw new Refusal(...facts[0])
 
   const there = new Set(served.map((end) => walk.suggesting(end)).filter(Boolean))
-  const groups = grouped(served.filter((end) => !walk.suggesting(end)))
+  const groups = grouped(served.filter((end) => !walk.suggesting(end))).flatMap((ends) =>
+    // Other packs' wires that are none can't be cut for several at once.
+    wiresTo(walk, ends).every((wires) => wires.length) ? [ends] : ends.map((end) => [end])
+  )
   for (const node of there) facts.push(goOn(node, goal))
   const nodes = groups.map((ends) => insert(walk, ends, goal, create))
   nodes.forEach((node, index) => {
@@ -64,8 +67,8 @@ function noSampler(walk) {
 
 /** @param {Node} node Recipe or CPU @param {string} goal @returns {Fact} */
 function goOn(node, goal) {
-  node.mode = 0
   if (node.type !== RECIPE) return ['suggests', nameOf(node)]
+  node.mode = 0
   setWidget(node, 'goal', goal)
   return ['goesOnWith', nameOf(node)]
 }
@@ -85,10 +88,21 @@ function grouped(ends) {
   return groups.map(({ ends }) => ends)
 }
 
+/** Where the model passes last on its way to all of these. @param {End[]} ends */
+function meeting(ends) {
+  return common(ends.map(({ chain }) => chain))[0]
+}
+
+/** The wires from there that lead to each of them. @param {Walk} walk @param {End[]} ends */
+function wiresTo(walk, ends) {
+  const point = meeting(ends)
+  return ends.map((end) => walk.wires(point).filter((link) => leadsTo(walk, point.graph, link, end)))
+}
+
 /** Puts a Recipe where the model passes last on its way to all of these. @param {Walk} walk @param {End[]} ends */
 function insert(walk, ends, goal, create) {
-  const [point] = common(ends.map(({ chain }) => chain))
-  const wires = walk.wires(point).filter((link) => ends.some((end) => leadsTo(walk, point.graph, link, end)))
+  const point = meeting(ends)
+  const wires = [...new Set(wiresTo(walk, ends).flat())]
   const recipe = addTo(point.graph, create(RECIPE))
   setWidget(recipe, 'goal', goal)
   const after = wires.every(({ parentId }) => parentId === wires[0].parentId) ? wires[0].parentId : undefined
@@ -118,35 +132,37 @@ function leadsTo(walk, graph, link, end) {
  * Puts a Benchmark beside a sampler, wired from its own inputs and values: the model without us against as it is.
  * @param {Graph} root
  * @param {Create} create
- * @param {Node} [chosen] A sampler; else the first that can be measured.
+ * @param {Node} [chosen] A sampler, or its guider; else the first that can be measured.
  * @returns {Done}
  */
 export function benchmark(root, create, chosen) {
   return measure(root, create, chosen, BENCHMARK, (walk, call) => {
-    const baseline = plain(walk, walk.origin(call.taker, call.model), MODEL)
+    const origin = walk.origin(call.taker, call.model)
+    const on = [...walk.ancestors(origin, MODEL)].filter(({ node }) => node && isOurs(node) && isOn(node))
+    if (!on.length) throw new Refusal('nothingOn', nameOf(call.sampler))
+    const baseline = plain(walk, origin, MODEL)
     return { baseline, candidate: { node: call.taker, index: call.model }, ...vaes(walk, call.sampler) }
   })
 }
 
 /**
+ * Puts a node that measures beside a sampler, wired from its own inputs and values, as far as it has inputs for them.
  * @param {Graph} root
  * @param {Create} create
  * @param {Node | undefined} chosen
  * @param {string} type
- * @param {(walk: Walk, call: import('./call.mjs').Call) => Record<string, Given | Plain>} models
+ * @param {(walk: Walk, call: import('./call.mjs').Call) => Record<string, Given | Plain>} models What it gets besides.
  * @returns {Done}
  */
 function measure(root, create, chosen, type, models) {
   const walk = new Walk(root)
-  const samplers = chosen ? [chosen] : runs(walk)
+  const samplers = chosen ? [runOf(walk, chosen)] : runs(walk)
   if (!samplers.length) throw noSampler(walk)
   const [sampler, inputs] = firstThatCan(samplers, (sampler) => {
     if (measured(walk, sampler, type)) throw new Refusal('measured', nameOf(sampler))
     const call = callOf(walk, sampler)
     const origin = walk.origin(call.taker, call.model)
     if (!origin || !walk.isMade(origin)) throw new Refusal('noModel', nameOf(call.taker))
-    if (![...walk.ancestors(origin, MODEL)].some(({ node }) => node && isOurs(node) && isOn(node)))
-      throw new Refusal('nothingOn', nameOf(sampler))
     return [sampler, { ...models(walk, call), ...call.inputs }]
   })
 
@@ -155,6 +171,7 @@ function measure(root, create, chosen, type, models) {
   const copies = []
   for (const [name, given] of Object.entries(inputs)) {
     const target = inputNamed(node, name)
+    if (target < 0) continue
     if ('index' in given || 'value' in given) {
       if (!give(walk, given, node, name)) facts.push(['notWired', name])
     } else wire(make(walk, given, copies), node, target)
@@ -244,7 +261,9 @@ function make(walk, plain, copies) {
   // Of one node that leads to the same model by two ways one copy is enough.
   const known = copies.find((copy) => String(copy.properties[COPY]) === String(original.id))
   if (known) return walk.point(original.graph, known, slot)
-  const copy = addTo(original.graph, original.clone())
+  const clone = original.clone()
+  clone.id = -1 // what the host takes for none: it would keep that of a clone, whatever it is
+  const copy = addTo(original.graph, clone)
   copy.properties[COPY] = original.id
   copies.push(copy)
   for (const index of original.inputs.keys()) {

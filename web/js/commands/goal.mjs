@@ -7,6 +7,7 @@ import { make } from '../verdicts.js'
  * @returns {Promise<string | null>} Null if the user changed their mind.
  */
 export function askGoal(goals, words) {
+  if (document.querySelector('.slipstream-goal')) return Promise.resolve(null)
   const dialog = /** @type {HTMLDialogElement} */ (make('dialog', 'slipstream-goal'))
   dialog.append(make('h2', '', words.goal))
   const form = /** @type {HTMLFormElement} */ (make('form', ''))

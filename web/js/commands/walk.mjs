@@ -259,9 +259,9 @@ export class Walk {
     return [...new Set(passed)].filter((node) => node && isOurs(node))
   }
 
-  /** The node that suggests methods to a model, if one does. @param {End} end */
+  /** The node that suggests methods to a model, if one does, or could if it were on. @param {End} end */
   suggesting(end) {
-    return this.onModel(end).find((node) => SUGGESTS.has(node.type))
+    return this.onModel(end).find((node) => node.type === RECIPE || (SUGGESTS.has(node.type) && isOn(node)))
   }
 }
 
