@@ -12,7 +12,6 @@ other seeds, whose pictures are other ones of the same kind. Times are for the B
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
@@ -122,15 +121,13 @@ def study(architecture: str, count: int, steps: int) -> dict[str, Any]:
         )
         print(table_row(rows[-1]), flush=True)
     about = f"{count} prompts of combinations that training held out, a seed each, {steps} steps of {SAMPLER}, "
-    about += f"{demo.scheduler}, cfg {CFG:g}; demo model, 256x256"
+    about += f"{demo.scheduler()}, cfg {CFG:g}; demo model, 256x256"
     machine = hosted.engine("host.machine").describe(torch.device("cpu"))
-    model = hosted.engine("demo_model")
-    weights = model.FILE if architecture == "UNet" else model.TRANSFORMER_FILE
     return {
         "about": about,
         "architecture": architecture,
         "machine": machine,
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights": demo.digest,
         "frechet_other_seeds": floor,
         "rows": rows,
     }

@@ -13,7 +13,6 @@ caches run in bfloat16, against bfloat16's own exact pictures: in float32 they w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
@@ -44,13 +43,6 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Those that `cpu.py --whole` times on a full-size UNet: euler, normal, cfg 7.5."""
-
-
-def scheduler(architecture: str, sampler: str) -> str:
-    """What most would choose."""
-    if architecture == "transformer":
-        return "simple"
-    return "karras" if sampler == "dpmpp_2m" else "normal"
 
 
 def settings(architecture: str, steps: int) -> list[tuple[str, str, dict[str, Any], int]]:
@@ -109,7 +101,7 @@ class Study:
         self.evaluations = 0
         latents = self.demo.sample(
             self.prompts[: self.count], range(self.count), model=model, steps=steps, cfg=self.cfg,
-            sampler=sampler, scheduler=scheduler(self.architecture, sampler),
+            sampler=sampler,
         )  # fmt: skip
         return self.demo.decode(latents), self.evaluations / self.count
 
@@ -147,7 +139,7 @@ class Study:
                 evaluations = full / inputs["cache_interval"]
             found.append(
                 {
-                    "sampler": sampler, "scheduler": scheduler(self.architecture, sampler), "steps": all_steps,
+                    "sampler": sampler, "scheduler": self.demo.scheduler(sampler), "steps": all_steps,
                     "method": method, "setting": value,
                     "share": evaluations / full, "ssim": statistics.mean(each), "ssim_worst": min(each),
                     "pictures": self.count,
@@ -231,11 +223,9 @@ def main() -> None:
         about = f"{' or '.join(map(str, pictures))} prompts of combinations that training held out, a seed each, "
         about += f"cfg {study.cfg:g}; demo model, 256x256"
         machine = hosted.engine("host.machine").describe(torch.device("cpu"))
-        model = hosted.engine("demo_model")
-        weights = model.FILE if study.architecture == "UNet" else model.TRANSFORMER_FILE
         found = {
             "about": about, "architecture": study.architecture, "machine": machine,
-            "weights": hashlib.sha256(weights.read_bytes()).hexdigest(), "rows": rows,
+            "weights": study.demo.digest, "rows": rows,
         }  # fmt: skip
         file.write_text(json.dumps(found, indent=1) + "\n")
         (folder / "README.md").write_text(to_markdown(found))
