@@ -18,7 +18,7 @@ NODES = {
 """What each is called in the search, and where it is put. The second text encoder is the negative prompt's."""
 
 
-@pytest.mark.long_in_vue
+@pytest.mark.long
 def test_a_faster_sdxl_workflow_from_a_blank_canvas(page):
     began = time.monotonic()
     page.blank_canvas()

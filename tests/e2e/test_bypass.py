@@ -18,6 +18,7 @@ def pixels(page, outcome, workflow) -> bytes:
     return Image.open(io.BytesIO(page.saved(outcome.prompt_id, workflow.id("SaveImage")))).tobytes()
 
 
+@pytest.mark.long
 @classic_only
 def test_bypassing_any_of_them_equals_removing_it(page, workflow):
     pictures = {}

@@ -75,7 +75,7 @@ def tables(text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("locale", ["en", "zh"])
+@pytest.mark.parametrize("locale", [pytest.param("en", marks=pytest.mark.long), "zh"])
 def test_the_canvas_and_the_help_panel(open_page, locale):
     page = open_page(settings={"Comfy.Locale": locale})
     for name in NODES:

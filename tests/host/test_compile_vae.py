@@ -66,6 +66,7 @@ def test_sizes_and_batches(last_lines):
     assert "batch 1 to 2" in told[2]
 
 
+@pytest.mark.long
 def test_equal_tiles_share_one_graph(last_lines):
     """The host decodes with tiles of three shapes: a graph for the first, and with dynamic sizes one for all others."""
     vae = small_models.kl_vae()

@@ -48,7 +48,18 @@ def wire(patcher, names):
     return patcher
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in METHODS), tuple(METHODS)], ids="+".join)
+SHORT = ("SlipstreamForecast", "SlipstreamCFGCutoff", "SlipstreamDeepCache")
+"""Those that know conditions apart. With all of them go the others."""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(pytest.param((name,), marks=[] if name in SHORT else [pytest.mark.long]) for name in METHODS),
+        tuple(METHODS),
+    ],
+    ids="+".join,
+)
 def test_one_image_whether_wired_above_or_below_multigpu(names, two_devices, last_lines):
     model = hosted.model("minimal")
     with hosted.Counter(model) as plainly:
