@@ -29,6 +29,7 @@ from workspace import (
 )
 
 NODE = "SlipstreamBenchmark"
+DEMO_LOADER = "SlipstreamDemoModel"
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 INTERVAL_S = 5
 POSITIVE = "a lighthouse on a cliff above a stormy sea, last light, oil painting"
@@ -102,25 +103,42 @@ def typed(value: str, described: list[Any]) -> Any:
         raise RuntimeError(f"--method should give an input of type {kind} such a value, but gives '{value}'") from error
 
 
+class Graph:
+    """An API prompt that is being built, of the nodes that a server has.
+
+    Attributes:
+        prompt: as far as it is built.
+    """
+
+    def __init__(self, nodes: dict[str, Any]) -> None:
+        self.prompt: Prompt = {}
+        self._nodes = nodes
+
+    def add(self, kind: str, **inputs: Any) -> str:
+        """One more node, with defaults for what is not given. Returns its id."""
+        described = inputs_of(self._nodes[kind])
+        required = self._nodes[kind]["input"].get("required", {})
+        defaults = {name: default(required[name]) for name in required}
+        number = str(len(self.prompt) + 1)
+        values = {
+            name: typed(value, described[name]) if isinstance(value, str) else value for name, value in inputs.items()
+        }
+        self.prompt[number] = {"class_type": kind, "inputs": {**defaults, **values}}
+        return number
+
+    def loader(self, checkpoint: str | None) -> str:
+        """The node that loads a checkpoint, or else the demo model."""
+        return self.add("CheckpointLoaderSimple", ckpt_name=checkpoint) if checkpoint else self.add(DEMO_LOADER)
+
+
 def build_prompt(
     nodes: dict[str, Any], checkpoint: str | None, arguments: argparse.Namespace, is_random: bool = False
 ) -> Prompt:
     """The benchmark as an API prompt: a checkpoint, or else the demo model, as baseline, and with the wanted methods
     as candidate."""
-    prompt: Prompt = {}
-
-    def add(kind: str, **inputs: Any) -> str:
-        described = inputs_of(nodes[kind])
-        required = nodes[kind]["input"].get("required", {})
-        defaults = {name: default(required[name]) for name in required}
-        number = str(len(prompt) + 1)
-        values = {
-            name: typed(value, described[name]) if isinstance(value, str) else value for name, value in inputs.items()
-        }
-        prompt[number] = {"class_type": kind, "inputs": {**defaults, **values}}
-        return number
-
-    loader = add("CheckpointLoaderSimple", ckpt_name=checkpoint) if checkpoint else add("SlipstreamDemoModel")
+    graph = Graph(nodes)
+    add = graph.add
+    loader = graph.loader(checkpoint)
     model = loader
     for method in methods(arguments, checkpoint):
         kind, inputs = parse_method(method, nodes)
@@ -134,20 +152,21 @@ def build_prompt(
         wired["vae"] = [loader, 2]
     call = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "scheduler", "runs", "ablation")}
     add(NODE, **wired, **call, sampler_name=arguments.sampler, denoise=1.0, save=True)
-    return prompt
+    return graph.prompt
 
 
 class Progress:
-    """Prints what the Benchmark node shows, whenever it changes."""
+    """Prints what a node that measures shows, whenever it changes."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, node: str) -> None:
         self.server = server
+        self.node = node
         self.report: dict[str, Any] = {}
         self._told = ""
 
     def __call__(self) -> None:
         for verdict in self.server.get("/slipstream/verdicts")["verdicts"]:
-            if verdict["node_type"] == NODE:
+            if verdict["node_type"] == self.node:
                 self.report = verdict["record"]
                 text = verdict["lines"][-1]["text"]
                 if text != self._told:
@@ -155,9 +174,9 @@ class Progress:
                     self._told = text
 
 
-def measure(server: Server, prompt: Prompt) -> dict[str, Any]:
+def measure(server: Server, prompt: Prompt, node: str = NODE) -> dict[str, Any]:
     """Run it, and get the report: of what was measured so far, if it was stopped or failed; empty if nothing was."""
-    progress = Progress(server)
+    progress = Progress(server, node)
     prompt_id = server.queue(prompt)
     try:
         server.wait_for(prompt_id, INTERVAL_S, progress)
@@ -183,6 +202,42 @@ def repeatable(arguments: argparse.Namespace, checkpoint: str | None) -> str:
     return shlex.join(command)
 
 
+def started(
+    stack: contextlib.ExitStack, arguments: argparse.Namespace, output: Path, *more: str
+) -> tuple[Server, str | None]:
+    """A server with the pack and the model that was asked for, and the name of its checkpoint, None for the demo model.
+
+    Args:
+        stack: ends it.
+        arguments: also gets the size that suits the model, if none was asked for.
+        output: takes what is saved, and the server's log.
+        more: options of the server.
+    """
+    base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-", ignore_cleanup_errors=True)))
+    install_pack(base)
+    options = [*show_models(arguments.comfyui, base), "--output-directory", str(output), *more]
+    checkpoints = base / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    name: str | None = None
+    if arguments.checkpoint:
+        if not arguments.checkpoint.is_file():
+            raise RuntimeError(f"--checkpoint should be a file, but there is none at {arguments.checkpoint}")
+        name = arguments.checkpoint.name
+        link(arguments.checkpoint.absolute(), checkpoints / arguments.checkpoint.name)
+    elif getattr(arguments, "random", None):
+        say("making an SD 1.5 checkpoint with random weights")
+        name = CHECKPOINT
+        make_random_sd15(arguments.comfyui, checkpoints / CHECKPOINT)
+    elif not arguments.demo:
+        name = own_checkpoint(arguments.comfyui, CHECKPOINT)
+    if not has_gpu():
+        options.append("--cpu")
+    if not arguments.size:
+        arguments.size = DEMO_PIXELS if name is None else GPU_PIXELS if has_gpu() else CPU_PIXELS
+    say("starting ComfyUI")
+    return stack.enter_context(Server(arguments.comfyui, base, output / "server.log", options)), name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="slipstream bench")
     parser.add_argument("--comfyui", type=Path, required=True)
@@ -195,30 +250,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     with contextlib.ExitStack() as stack:
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-", ignore_cleanup_errors=True)))
-        install_pack(base)
-        options = [*show_models(arguments.comfyui, base), "--output-directory", str(output)]
-        checkpoints = base / "models" / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        name: str | None = None
-        if arguments.checkpoint:
-            if not arguments.checkpoint.is_file():
-                raise RuntimeError(f"--checkpoint should be a file, but there is none at {arguments.checkpoint}")
-            name = arguments.checkpoint.name
-            link(arguments.checkpoint.absolute(), checkpoints / arguments.checkpoint.name)
-        elif arguments.random:
-            say("making an SD 1.5 checkpoint with random weights")
-            name = CHECKPOINT
-            make_random_sd15(arguments.comfyui, checkpoints / CHECKPOINT)
-        elif not arguments.demo:
-            name = own_checkpoint(arguments.comfyui, CHECKPOINT)
-        if not has_gpu():
-            options.append("--cpu")
-        if not arguments.size:
-            arguments.size = DEMO_PIXELS if name is None else GPU_PIXELS if has_gpu() else CPU_PIXELS
-
-        say("starting ComfyUI")
-        server = stack.enter_context(Server(arguments.comfyui, base, output / "server.log", options))
+        server, name = started(stack, arguments, output)
         report = measure(server, build_prompt(server.nodes(), name, arguments, is_random=bool(arguments.random)))
 
     if not report.get("variants"):

@@ -21,6 +21,9 @@ NODES: tuple[tuple[str, str], ...] = (
     ("refiner_handoff", "SlipstreamRefinerHandoff"),
     ("demo_model", "SlipstreamDemoModel"),
     ("benchmark", "SlipstreamBenchmark"),
+    ("tune", "SlipstreamTune"),
     ("report", "SlipstreamReport"),
+    ("save_plan", "SlipstreamSavePlan"),
+    ("load_plan", "SlipstreamLoadPlan"),
 )
 """(file, class) of every node, in the order of the menu."""

@@ -51,7 +51,7 @@ PREFIX = "benchmark"
 
 @dataclass(frozen=True)
 class SamplerCall:
-    """What is sampled: the inputs of the host's KSampler node."""
+    """What is sampled: the inputs of the host's KSampler node; and the title of the node that has it sampled."""
 
     positive: Any
     negative: Any
@@ -62,6 +62,7 @@ class SamplerCall:
     sampler_name: str
     scheduler: str
     denoise: float
+    title: str = "Benchmark"
 
     def latent_for(self, model: Any) -> torch.Tensor:
         """The latent as the host samples it.
@@ -71,7 +72,7 @@ class SamplerCall:
         """
         if getattr(self.latent["samples"], "is_nested", False):
             raise ValueError(
-                "Benchmark: latent_image should be one latent, but holds several in one (as for video with sound). "
+                f"{self.title}: latent_image should be one latent, but holds several in one (as for video with sound). "
                 "Measure such a workflow with Slipstream's Report node."
             )
         with self._explaining(model):
@@ -79,7 +80,7 @@ class SamplerCall:
 
     def _explaining(self, model: Any) -> AbstractContextManager[None]:
         prompts = {"positive": self.positive, "negative": self.negative}
-        return explaining("Benchmark", unsampled(model, ("latent_image", self.latent["samples"]), prompts))
+        return explaining(self.title, unsampled(model, ("latent_image", self.latent["samples"]), prompts))
 
     def prepare(
         self, model: Any, callback: Callable[..., None] | None = None, last_step: int | None = None
@@ -180,18 +181,19 @@ class Subject:
             self.note("its runs differ though their seed is the same: the picture is the first run's")
         images = None
         if self._vae is not None and (self.result is None or self._is_decode_timed):
-            images, seconds, (memory, _) = self._decode(latent)
+            images, seconds, (memory, _) = self.decode(latent, call.title)
             if self._is_decode_timed:
                 measured = replace(measured, decode_s=seconds, decode_memory=memory)
         self.result = self.result or Result(latent, images)
         return measured
 
-    def _decode(self, latent: torch.Tensor) -> tuple[torch.Tensor | None, float, tuple[Peak, ...]]:
+    def decode(self, latent: torch.Tensor, title: str) -> tuple[torch.Tensor | None, float, tuple[Peak, ...]]:
+        """The pictures of a latent, (B, H, W, C), None if the VAE gives none; the seconds and memory it took."""
         vae = self._vae
         vae.throw_exception_if_invalid()
         # What it needs is brought to the device, and what is in its way taken off, before the clock starts.
         images_alone = latent[:, :, 0] if vae.latent_dim == 2 and latent.ndim == 5 else latent
-        with explaining("Benchmark", undecoded(vae, images_alone)):
+        with explaining(title, undecoded(vae, images_alone)):
             memory = vae.memory_used_decode(images_alone.shape, vae.vae_dtype)
             comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
             images, seconds, peaks = timed(vae.device, lambda: vae.decode(latent))
@@ -246,6 +248,19 @@ def timed(device: torch.device, work: Callable[[], torch.Tensor]) -> tuple[torch
     return result, seconds, memory.peaks
 
 
+def title_of(model: Any, call: SamplerCall) -> str:
+    """What is sampled, in one line: the model, the size, the sampler."""
+    shape = call.latent_for(model).shape
+    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    size = f"{shape[-1] * ratio}x{shape[-2] * ratio}"
+    if len(shape) == 5:
+        size += f", {shape[2]} latent frames"
+    if shape[0] > 1:
+        size += f", batch of {shape[0]}"
+    name = models.describe(model, model.model_options).name
+    return f"{name}, {size}, {call.steps} steps of {call.sampler_name}, {call.scheduler}, cfg {call.cfg:g}"
+
+
 class Benchmark:
     """One benchmark, from the first warm-up to the saved report.
 
@@ -272,7 +287,7 @@ class Benchmark:
         device = subjects[0].model.load_device
         _, memory_is, is_device_memory = machine.device_memory(device)
         self.report = Report(
-            title=self._title(),
+            title=title_of(subjects[0].model, call),
             settings=self._settings(),
             machine=machine.describe(device),
             memory_is=memory_is,
@@ -282,18 +297,6 @@ class Benchmark:
         )
         if machine.waiting(device) is None:
             self.report.notes.append(f"{device.type} cannot be waited for: times may be those of queueing work")
-
-    def _title(self) -> str:
-        model, call = self.subjects[0].model, self.call
-        shape = call.latent_for(model).shape
-        ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-        size = f"{shape[-1] * ratio}x{shape[-2] * ratio}"
-        if len(shape) == 5:
-            size += f", {shape[2]} latent frames"
-        if shape[0] > 1:
-            size += f", batch of {shape[0]}"
-        name = models.describe(model, model.model_options).name
-        return f"{name}, {size}, {call.steps} steps of {call.sampler_name}, {call.scheduler}, cfg {call.cfg:g}"
 
     def _settings(self) -> dict[str, Any]:
         names = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
@@ -459,13 +462,13 @@ def _ablated(plan: Plan, ablation: str) -> list[tuple[str, Plan]]:
     return []
 
 
-def _check_kornia() -> None:
+def check_kornia(title: str) -> None:
     """Before the first run, and not after it: what compares the pictures can be imported."""
     try:
         importlib.import_module("kornia.metrics")
     except (Exception, SystemExit) as error:
         raise RuntimeError(
-            f"Benchmark: kornia, which ComfyUI itself installs, can't be imported ({type(error).__name__}: {error}). "
+            f"{title}: kornia, which ComfyUI itself installs, can't be imported ({type(error).__name__}: {error}). "
             f'Install it again: "{sys.executable}" -m pip install --force-reinstall --no-deps kornia kornia_rs. Or '
             "disconnect the vae: latents are compared without it."
         ) from error
@@ -499,7 +502,7 @@ def benchmark(
         for model in (baseline, candidate):
             call.latent_for(model)
     if vae is not None:
-        _check_kornia()
+        check_kornia("Benchmark")
     baseline, candidate = (machine.as_sampled(model, call.positive, call.negative) for model in (baseline, candidate))
     is_decode_timed = candidate_vae is not None
     other_vae = candidate_vae if candidate_vae is not None else vae

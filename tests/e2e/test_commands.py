@@ -169,8 +169,12 @@ def tour(page: Page, renderer: str, name: str, workflow: dict[str, Any]) -> None
     with_recipe, told = graph(page), command(page, "Benchmark")
     benchmarks = found(page, "SlipstreamBenchmark")
     assert bool(benchmarks) == (" measures " in told), told
-    assert not page.page.evaluate(OVERLAPS, benchmarks)
     assert (graph(page) == with_recipe) == (not benchmarks)
+    without_tune, told = graph(page), command(page, "Tune")
+    tunes = found(page, "SlipstreamTune")
+    assert bool(tunes) == (" measures " in told), told
+    assert (graph(page) == without_tune) == (not tunes)
+    assert not page.page.evaluate(OVERLAPS, [*benchmarks, *tunes])
     if ":" in recipes[0]:
         page.enter_subgraph(recipes[0].rpartition(":")[0])
     page.page.evaluate("() => app.canvas.deselectAll()")
@@ -189,7 +193,7 @@ def tour(page: Page, renderer: str, name: str, workflow: dict[str, Any]) -> None
     assert page.prompt() == on
 
     assert command(page, "Remove").startswith("Removed: ")
-    assert not found(page, "SlipstreamRecipe") + found(page, "SlipstreamBenchmark")
+    assert not [one for kind in ("Recipe", "Benchmark", "Tune") for one in found(page, f"Slipstream{kind}")]
     if not has_ours:
         assert page.prompt() == prompt
     undo(page)
@@ -223,8 +227,9 @@ def test_the_server_would_take_what_is_made_of_the_hosts_templates(name, page):
     prompt, wrong = page.prompt(), refused_by_server(page)
     assert " is on the model of " in command(page, "SpeedUp", "balanced")
     assert refused_by_server(page) <= wrong
-    command(page, "Benchmark")
-    assert refused_by_server(page) <= wrong
+    for name in ("Benchmark", "Tune"):
+        command(page, name)
+        assert refused_by_server(page) <= wrong
     command(page, "Remove")
     assert page.prompt() == prompt
     # The pictures and clips that they come with are not there.
@@ -303,6 +308,18 @@ def test_the_benchmark_runs_as_it_was_put(page, workflow):
 
 
 @classic_only
+def test_the_tune_runs_as_it_was_put(page, workflow):
+    page.load(workflow.data, "tuned")
+    assert " measures " in command(page, "Tune")
+    (node,) = found(page, "SlipstreamTune")
+    for name, value in {"seeds": 1, "minutes": 0.1}.items():
+        page.set_widget(node, name, value)
+    assert page.run().status == "success"
+    assert page.verdicts(node)[0].state in ("active", "inert")
+    assert not page.problems()
+
+
+@classic_only
 def test_what_stands_after_our_nodes_is_copied_for_the_model_without_us(page, workflow):
     shifted = workflow.add("ModelSamplingDiscrete", {"model": "MODEL"}, ["MODEL"], ["v_prediction", False])
     workflow.link(workflow.node("SlipstreamFreeU"), 0, shifted, "model")
@@ -357,7 +374,7 @@ def test_the_menus_and_what_cannot_be_done(page, workflow):
     assert command(page, "Toggle") == "No Slipstream node is in this workflow."
     assert graph(page) == before
     items = "(id) => app.canvas.getNodeMenuOptions(slipstreamTest.node(id)).map((item) => item?.content)"
-    ours = {"Speed up this workflow", "Benchmark this sampler"}
+    ours = {"Speed up this workflow", "Benchmark this sampler", "Tune this sampler"}
     assert ours <= set(page.page.evaluate(items, workflow.id("KSampler")))
     assert not ours & set(page.page.evaluate(items, workflow.id("VAEDecode")))
 

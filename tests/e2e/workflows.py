@@ -12,6 +12,7 @@ from loading import ROOT
 TEMPLATES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "workflows").glob("*.json"))}
 SD15 = "2 - SD 1.5 faster - DeepCache, CFG Cutoff and FreeU"
 BENCHMARK = "9 - Benchmark - what each optimization gives"
+TUNE = "9 - Tune - the fastest plan above a floor"
 HANDOFF = "4 - Refiner handoff 0.8"
 
 classic_only = pytest.mark.parametrize("renderer", ["classic"], indirect=True)

@@ -30,7 +30,7 @@ def load_nodes() -> list[Any]:
 
 NODES = {node.define_schema().node_id: node for node in load_nodes()}
 """All of them, by id."""
-HOSTS_OWN = ("sampler_name", "scheduler", "name")
+HOSTS_OWN = ("sampler_name", "scheduler", "name", "plan")
 """Inputs whose choices are the host's, or the user's files."""
 _registry = importlib.import_module(f"{PACK}.nodes.engine.plan.registry").METHODS
 SEVERAL = ("cpu", "recipe")

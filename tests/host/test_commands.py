@@ -38,6 +38,10 @@ REFUSALS = {key for keys in ROWS for key in keys} | {"unknownSampler"}
 """And Refiner Handoff, in a template of ours."""
 
 
+NO_PICTURES = {"noPicture", "pictureOutside"}
+"""And no Tune, which compares pictures."""
+
+
 def templates() -> dict[str, Path]:
     """The host's own workflows, as far as its packages are installed."""
     found = {}
@@ -116,7 +120,7 @@ def test_small_graphs(run):
 def test_the_host_translates_the_commands_as_the_page_does():
     """The menu by its English label, the settings by the command's id."""
     words = (ROOT / "web" / "js" / "commands" / "words.mjs").read_text(encoding="utf-8")
-    names = ("speedUp", "benchmark", "toggle", "remove")
+    names = ("speedUp", "benchmark", "tune", "toggle", "remove")
     english, chinese = ([re.findall(rf"(?m)^    {name}: '(.+)'", words)[i] for name in names] for i in (0, 1))
     main, commands = (
         json.loads((ROOT / "locales" / "zh" / f"{file}.json").read_text(encoding="utf-8"))
@@ -133,6 +137,7 @@ def test_every_node_of_ours_is_of_one_kind(run):
     assert others == {
         "SlipstreamBenchmark": "measure",
         "SlipstreamReport": "measure",
+        "SlipstreamTune": "measure",
         "SlipstreamVAEDecodeTiled": "replace",
         "SlipstreamVAEEncodeTiled": "replace",
         "SlipstreamDemoModel": "stay",
@@ -147,8 +152,8 @@ def test_each_saved_workflow_is_wired_or_refused_and_comes_back_exactly(looked_a
         steps = found["steps"]
         for step, made in steps.items():
             if "refused" in made:
-                assert step == "benchmark", (name, made)
-                assert made["refused"] in REFUSALS, (name, made)
+                assert step in ("benchmark", "tune"), (name, made)
+                assert made["refused"] in REFUSALS | (NO_PICTURES if step == "tune" else set()), (name, made)
                 assert made["unchanged"], (name, made)
             else:
                 assert not made["problems"], (name, step, made["problems"])
@@ -161,8 +166,9 @@ def test_each_saved_workflow_is_wired_or_refused_and_comes_back_exactly(looked_a
         assert not steps["again"]["added"], name
         if not found["ours"]:
             assert steps["remove"]["prompt"] == found["before"], name
-            if "refused" not in steps["benchmark"]:
-                assert steps["on"]["prompt"] == steps["benchmark"]["prompt"], name
+            last = next((step for step in ("tune", "benchmark") if "refused" not in steps[step]), None)
+            if last:
+                assert steps["on"]["prompt"] == steps[last]["prompt"], name
 
 
 def wrong(prompt: dict[str, Any]) -> set[tuple[str, str, str]] | None:
@@ -185,7 +191,7 @@ def check_with_the_host(workflows: dict[str, Any]) -> Counter[str]:
         counts["known" if before is not None else "unknown"] += 1
         if before is None:
             continue
-        for step in ("speedUp", "benchmark", "off", "remove"):
+        for step in ("speedUp", "benchmark", "tune", "off", "remove"):
             made = found["steps"][step]
             if "refused" not in made:
                 after = wrong(made["prompt"])
@@ -215,11 +221,13 @@ def test_the_readme_says_of_how_many(looked_at):
     theirs = [found["steps"] for name, found in looked_at.items() if name not in OURS]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     version = importlib.metadata.version("comfyui-workflow-templates")
-    total, told, put = re.findall(r"All (\d+) workflows .*?\((\S+):.*? wired into (\d+) of them", text, re.DOTALL)[0]
+    pattern = r"All (\d+) workflows .*?\((\S+):.*? wired into (\d+) of them, a Tune\s+into (\d+)"
+    total, told, put, tuned = re.findall(pattern, text, re.DOTALL)[0]
     if version != told:
         pytest.skip(f"it tells of {told}, and here is {version}")
     refused = Counter(steps["benchmark"].get("refused", "") for steps in theirs)
     assert (int(total), int(put)) == (len(theirs), refused.pop(""))
+    assert int(tuned) == sum("refused" not in steps["tune"] for steps in theirs)
     table = text[text.index("| workflows | why no Benchmark |") :].split("\n\n")[0]
     rows = [int(number) for number in re.findall(r"(?m)^\| (\d+) \|", table)]
     assert rows == [sum(refused.pop(key) for key in keys) for keys in ROWS]

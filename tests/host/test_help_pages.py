@@ -31,6 +31,7 @@ WORDS = {
         "sampler_name": "ComfyUI's samplers",
         "scheduler": "ComfyUI's schedulers",
         "name": "`auto` (default), or a file of yours",
+        "plan": "a file of yours, or one that comes with Slipstream",
     },
     "zh": {
         "inputs": ("输入", "取值与作用"),
@@ -46,6 +47,7 @@ WORDS = {
         "sampler_name": "ComfyUI 的采样器",
         "scheduler": "ComfyUI 的调度器",
         "name": "`auto`（默认），或已有的文件",
+        "plan": "已有的文件，或随 Slipstream 提供的文件",
     },
 }
 CHINESE = json.loads((LOCALES / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))

@@ -11,7 +11,8 @@ import functools
 import gc
 import itertools
 import os
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,55 @@ def benchmark(case: Case) -> float:
     return 0.0
 
 
+def tune(case: Case) -> float:
+    """The model with the plan that it finds samples as that plan's own node has it. Times are those of the work."""
+    table, engine = hosted.method("tune"), hosted.engine("benchmark")
+    row = next(row for row in table.ROWS if row.stem == "cfg_cutoff")
+    real = engine.Subject.run
+
+    def run(self: Any, *args: Any) -> Any:
+        measured = real(self, *args)
+        return replace(measured, seconds=0.01 * measured.rows)
+
+    def picture(self: Any, latent: torch.Tensor, title: str) -> tuple[torch.Tensor, float, tuple[None, None]]:
+        # Decoding is the other cells' part, and takes longest.
+        pixels = torch.nn.functional.adaptive_avg_pool1d(latent.flatten(1)[:, None], 16 * 16 * 3)
+        return pixels.reshape(-1, 16, 16, 3).sigmoid(), 0.0, (None, None)
+
+    positive, negative = case.prompts
+    prompts = {"positive": positive, "negative": negative, "latent_image": {"samples": case.image}}
+    call = {"seed": 1, "steps": 2, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as users:
+        patch.setattr(folder_paths, "user_directory", users)
+        patch.setattr(table, "ROWS", (replace(row, levels=({"cutoff": 0.5},)),))
+        patch.setattr(engine.Subject, "run", run)
+        patch.setattr(engine.Subject, "decode", picture)
+        # Of a model of random weights anything holds that is finite.
+        found = execute("SlipstreamTune", "1", model=case.model(), vae=case.vae, **prompts, **call, floor=-1.0, seeds=1)
+    by_hand = run_node("SlipstreamCFGCutoff", case.model(), "2", cutoff=0.5)
+    return relative_error(case.sampled(found.result[0], steps=2), case.sampled(by_hand, steps=2))
+
+
+def save_plan(case: Case) -> float:
+    """It returns what came."""
+    model = run_node("SlipstreamPrecision", case.model(), "2", compute_dtype="bf16")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as users:
+        patch.setattr(folder_paths, "user_directory", users)
+        saved = run_node("SlipstreamSavePlan", model, "1", save_as="mine")
+        assert os.listdir(os.path.join(users, "slipstream", "plans")) == ["mine.json"]
+    return relative_error(case.sampled(saved, steps=1), case.sampled(model, steps=1))
+
+
+def load_plan(case: Case) -> float:
+    """A plan with Precision in it, as its own node has it."""
+    plan = run_node("SlipstreamPrecision", case.model(), "2", compute_dtype="bf16")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as users:
+        patch.setattr(folder_paths, "user_directory", users)
+        run_node("SlipstreamSavePlan", plan, "3", save_as="mine")
+        loaded = run_node("SlipstreamLoadPlan", case.model(), "1", plan="mine")
+    return relative_error(case.sampled(loaded, steps=1), case.sampled(plan, steps=1))
+
+
 def report(case: Case) -> float:
     """It samples nothing, and the next run is as the one before."""
     model = run_node("SlipstreamPrecision", case.model(), "2", compute_dtype="bf16")
@@ -337,6 +387,9 @@ CELLS = {
         "as two KSampler (Advanced) in a row, with the model and itself with a LoRA",
     ),
     "SlipstreamBenchmark": (benchmark, SAME, "a report of two models"),
+    "SlipstreamTune": (tune, SAME, "a search with one dial: bit for bit what its method's own node gives"),
+    "SlipstreamSavePlan": (save_plan, SAME, "a model with Precision, passed on"),
+    "SlipstreamLoadPlan": (load_plan, SAME, "a plan with Precision, as its own node has it"),
     "SlipstreamReport": (report, SAME, "a run with Precision told"),
     "SlipstreamCompileVAE": (compiled_vae, ROUNDING, "graphs as dynamo makes them"),
     "SlipstreamTinyVAE": (tiny_vae, ROUNDING, "*auto*: as ComfyUI's Load VAE with that file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from slipstream_pack.nodes.measuring.statistics import Ratio, Summary, speedup
+from slipstream_pack.nodes.measuring.statistics import LEAST_ERROR, Ratio, Summary, next_error, paired, speedup
 
 STEPS = 20
 
@@ -72,3 +72,27 @@ def test_a_ratio_in_words(ratio, text):
 def test_a_summary():
     assert Summary.of([3.0, 1.0, 2.0, 10.0]) == Summary(2.5, 1.0, 10.0)
     assert Summary.of([]) is None
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 6, 20])
+def test_one_more_picture_is_within_what_was_foretold_of_it(pictures):
+    """Of errors that differ by factors, in 95 of 100 cases."""
+    rng = np.random.default_rng(pictures)
+    trials = 1000
+    errors = np.exp(-4 + 0.7 * rng.standard_normal((trials, pictures + 1)))
+    within = sum(one[-1] <= next_error(list(one[:-1])) for one in errors)
+    assert within == pytest.approx(0.95 * trials, abs=0.025 * trials)
+
+
+def test_equal_errors_have_no_spread_and_one_alone_says_nothing_of_it():
+    assert next_error([0.01, 0.01, 0.01]) == pytest.approx(0.01)
+    assert next_error([0.0, 0.0]) == pytest.approx(LEAST_ERROR)
+    assert next_error([0.01]) is None
+    assert next_error([]) is None
+
+
+def test_pairs_give_an_interval_that_holds_the_planted_ratio():
+    rng = np.random.default_rng(0)
+    ratios = [paired(list(np.log(1.5) + 0.05 * rng.standard_normal(6))) for _ in range(200)]
+    assert sum(ratio.low <= 1.5 <= ratio.high for ratio in ratios) >= 180
+    assert paired([np.log(2.0)]) == Ratio(pytest.approx(2.0))

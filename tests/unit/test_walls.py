@@ -20,7 +20,12 @@ METHODS = sorted(path for path in (NODES / "methods").glob("*.py") if path.stem 
 NODE_FILES = sorted(path for path in NODES.glob("*.py") if path.stem not in ("__init__", "extension"))
 ENGINE_FILES = sorted(ENGINE.rglob("*.py"))
 
-DIRECTIONS = {"vae_decode_tiled": "tiled_vae", "vae_encode_tiled": "tiled_vae"}
+DIRECTIONS = {
+    "vae_decode_tiled": "tiled_vae",
+    "vae_encode_tiled": "tiled_vae",
+    "save_plan": "saved_plans",
+    "load_plan": "saved_plans",
+}
 """Nodes that are the two directions of one method share its part of the engine."""
 
 

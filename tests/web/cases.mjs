@@ -5,7 +5,7 @@
 import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 
-import { Refusal, benchmark, remove, speedUp, toggle } from '../../web/js/commands/edit.mjs'
+import { Refusal, benchmark, remove, speedUp, toggle, tune } from '../../web/js/commands/edit.mjs'
 import { WORDS, sentence } from '../../web/js/commands/words.mjs'
 import { Walk, isOurs } from '../../web/js/commands/walk.mjs'
 import { Graph, Node, Passage, creator, promptOf } from './graph.mjs'
@@ -306,6 +306,64 @@ const CASES = {
     assert.deepEqual([wires.baseline, wires.candidate, wires.seed, wires.vae], [lora, recipe, seed, flow.loader])
     assert.deepEqual(['steps', 'control_after_generate'].map((name) => widget(node, name).value), [12, 'fixed'])
     refuses('measured', () => benchmark(flow.root, create))
+    remove(flow.root, create)
+    assert.deepEqual(promptOf(flow.root), before)
+  },
+
+  'Tune has the sampler\'s inputs and values, the model without us, and the VAE of its pictures'() {
+    const flow = Flow.basic({ model: (flow, loader) => [flow.add('LoraLoaderModelOnly', { model: [loader] })] })
+    const lora = from(flow.sampler, 'model')
+    const { nodes: [node], facts } = undone(flow.root, () => {
+      const [recipe] = speedUp(flow.root, 'balanced', create).nodes
+      const fixed = flow.add('SlipstreamFP16FixVAE', { vae: [flow.loader, 2] })
+      flow.wire(fixed, 0, flow.decode, 'vae')
+      const done = tune(flow.root, create)
+      const [node] = done.nodes
+      const wires = Object.fromEntries(node.inputs.filter(({ link }) => link != null).map(({ name }) => [name, from(node, name)]))
+      assert.deepEqual(wires, {
+        model: lora, vae: fixed, positive: flow.positive, negative: flow.negative, latent_image: flow.latent
+      })
+      assert.equal(from(flow.sampler, 'model'), recipe)
+      assert.deepEqual(['seed', 'steps', 'control_after_generate'].map((name) => widget(node, name).value), [7, 12, 'fixed'])
+      refuses('measured', () => tune(flow.root, create))
+      return done
+    })
+    assert.deepEqual(facts.map(([key]) => key), ['measures'])
+    assert.equal(tune(flow.root, create, flow.sampler).nodes[0].type, node.type)
+  },
+
+  'Tune wants pictures'() {
+    const flow = Flow.basic()
+    flow.root.remove(flow.decode)
+    refuses('noPicture', () => tune(flow.root, create))
+    assert.equal(ours(flow.root).length, 0)
+  },
+
+  'A Tune whose model is sampled is passed: by Off, by Benchmark\'s baseline, and when it goes'() {
+    const flow = Flow.basic()
+    const before = promptOf(flow.root)
+    const [node] = tune(flow.root, create).nodes
+    flow.wire(node, 0, flow.sampler, 'model')
+    const preview = flow.add('PreviewImage', { images: [node, 1] })
+    assert.deepEqual(speedUp(flow.root, 'balanced', create).facts.map(([key]) => key), ['suggests'])
+    const [measured] = benchmark(flow.root, create).nodes
+    assert.deepEqual([from(measured, 'baseline'), from(measured, 'candidate')], [flow.loader, node])
+    toggle(flow.root)
+    assert.deepEqual([node.mode, measured.mode], [4, 2])
+    assert.deepEqual(promptOf(flow.root)[flow.sampler.id], before[flow.sampler.id])
+    toggle(flow.root)
+    assert.deepEqual(Object.fromEntries(remove(flow.root, create).facts).cut, [`${preview.title} ${preview.id}`])
+    flow.root.remove(preview)
+    assert.deepEqual(promptOf(flow.root), before)
+  },
+
+  'Save Plan is passed, and Load Plan suggests'() {
+    const flow = Flow.basic()
+    const before = promptOf(flow.root)
+    const loaded = flow.add('SlipstreamLoadPlan', { model: [flow.loader] })
+    const saved = flow.add('SlipstreamSavePlan', { model: [loaded] })
+    flow.wire(saved, 0, flow.sampler, 'model')
+    assert.deepEqual(speedUp(flow.root, 'balanced', create).facts.map(([key]) => key), ['suggests'])
     remove(flow.root, create)
     assert.deepEqual(promptOf(flow.root), before)
   },

@@ -4,7 +4,7 @@
  */
 import { readFileSync, writeSync } from 'node:fs'
 
-import { benchmark, remove, Refusal, speedUp, toggle } from '../../web/js/commands/edit.mjs'
+import { benchmark, remove, Refusal, speedUp, toggle, tune } from '../../web/js/commands/edit.mjs'
 import { sentence } from '../../web/js/commands/words.mjs'
 import { Walk, isOurs, isSampler, kindOf } from '../../web/js/commands/walk.mjs'
 import { creator, graphOf, promptOf } from './graph.mjs'
@@ -33,6 +33,7 @@ function look(workflow) {
   attempt('speedUp', () => speedUp(root, 'balanced', create))
   attempt('again', () => speedUp(root, 'fastest', create))
   attempt('benchmark', () => benchmark(root, create))
+  attempt('tune', () => tune(root, create))
   attempt('off', () => toggle(root))
   attempt('on', () => toggle(root))
   attempt('remove', () => remove(root, create))

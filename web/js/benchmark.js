@@ -6,19 +6,18 @@
  *
  * @typedef {any} Report What `Report.as_dict` of nodes/measuring/report.py makes, with `markdown`, the same as text.
  * @typedef {any} Variant One of the report's variants.
- * @typedef {import('./benchmark/format.mjs').FileReference} FileReference
  * @typedef {import('./benchmark/format.mjs').Summary} Summary
  * @typedef {{ element: HTMLElement, update: (report: Report) => void }} Section
  */
 import { chartSection, stepsOption, timesOption } from './benchmark/charts.mjs'
-import { ACCENT, colorOf, duration, rangeOf, urlOf, word } from './benchmark/format.mjs'
+import { ACCENT, colorOf, duration, rangeOf, word } from './benchmark/format.mjs'
+import { cell, footSection, progressSection, trendOf } from './benchmark/parts.mjs'
 import { imagesSection } from './benchmark/pictures.mjs'
 import { details, make, mark } from './verdicts.js'
 
 const TYPE = 'SlipstreamBenchmark'
 /** Of the reports that this panel understands: a page that is open over an update gets newer ones. */
 const SCHEMA = 1
-const COPIED_MS = 1500
 
 const STYLE = `
 .slipstream-benchmark {
@@ -167,19 +166,6 @@ function createPanel() {
 }
 
 /** @returns {Section} */
-function progressSection() {
-  const element = document.createElement('progress')
-  return {
-    element,
-    update({ status, done, total }) {
-      element.hidden = status !== 'running'
-      element.max = total
-      element.value = done
-    }
-  }
-}
-
-/** @returns {Section} */
 function titleSection() {
   const element = make('p', 'slipstream-benchmark__title')
   return {
@@ -321,24 +307,6 @@ function variantRows(variant, index, columns) {
   return rows
 }
 
-/**
- * @param {'th' | 'td'} tag
- * @param {[any, any?]} texts The second one is small beneath the first.
- * @param {string} [tip]
- */
-function cell(tag, [text, small], tip = '') {
-  const element = make(tag, '', String(text))
-  if (small || small === 0) element.append(make('small', '', String(small)))
-  element.title = tip ?? ''
-  return element
-}
-
-/** @param {{ value: number, low: number | null, is_difference: boolean }} speedup */
-function trendOf({ value, low, is_difference }) {
-  if (!is_difference) return low === null ? 'unknown' : 'none'
-  return value >= 1 ? 'faster' : 'slower'
-}
-
 /** What a reader must know besides the figures. @param {Variant} variant @returns {HTMLElement[]} */
 function toldLines({ verdicts, problems, warm_up, recompiles }) {
   const verdictLines = verdicts.map(({ title, state, text }) => {
@@ -354,66 +322,6 @@ function toldLines({ verdicts, problems, warm_up, recompiles }) {
     ...verdictLines,
     ...(compiled.length ? [make('small', '', compiled.join(', '))] : [])
   ]
-}
-
-// The foot
-
-/** @returns {Section} */
-function footSection() {
-  const element = make('footer', 'slipstream-benchmark__foot')
-  const copy = make('button', 'slipstream-benchmark__copy', word('copy'))
-  const saved = make('span', 'slipstream-benchmark__saved')
-  const notes = make('ul', '')
-  const machine = make('small', '')
-  element.append(notes, copy, saved, machine)
-  return {
-    element,
-    update(report) {
-      copy.hidden = !report.markdown
-      copy.onclick = () => copyText(report.markdown, copy)
-      saved.replaceChildren(...Object.values(report.saved ?? {}).map(fileLink))
-      notes.replaceChildren(...report.notes.map((note) => make('li', '', note)))
-      notes.hidden = !report.notes.length
-      machine.textContent = machineLine(report.machine)
-    }
-  }
-}
-
-/** @param {FileReference} file */
-function fileLink(file) {
-  const link = make('a', '', file.filename)
-  return Object.assign(link, { href: urlOf(file), download: file.filename })
-}
-
-/** @param {Record<string, any>} machine */
-function machineLine(machine) {
-  const parts = Object.entries(machine).filter(([, value]) => value)
-  const told = ([name, value]) => (name.endsWith('_mib') ? [name.slice(0, -4), `${value} MiB`] : [name, value])
-  return parts.map(told).map(([name, value]) => `${name.replaceAll('_', ' ')} ${value}`).join(', ')
-}
-
-/** @param {string} text @param {HTMLElement} button Says how it went. */
-async function copyText(text, button) {
-  const isCopied = await writeClipboard(text, button).catch(() => false)
-  button.textContent = word(isCopied ? 'copied' : 'notCopied')
-  setTimeout(() => (button.textContent = word('copy')), COPIED_MS)
-}
-
-/** @param {string} text @param {HTMLElement} button @returns {Promise<boolean>} */
-async function writeClipboard(text, button) {
-  if (navigator.clipboard) {
-    await navigator.clipboard.writeText(text)
-    return true
-  }
-  // A page over plain http has no clipboard but the selection's.
-  const area = document.createElement('textarea')
-  area.value = text
-  button.after(area)
-  area.select()
-  const isCopied = document.execCommand('copy')
-  area.remove()
-  button.focus()
-  return isCopied
 }
 
 const style = new CSSStyleSheet()

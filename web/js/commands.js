@@ -4,7 +4,7 @@
  */
 import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
-import { Refusal, benchmark, remove, speedUp, toggle } from './commands/edit.mjs'
+import { Refusal, benchmark, remove, speedUp, toggle, tune } from './commands/edit.mjs'
 import { askGoal } from './commands/goal.mjs'
 import { drawPanel, tookMs } from './commands/panel.mjs'
 import { RECIPE, isSampler } from './commands/walk.mjs'
@@ -119,6 +119,7 @@ async function askAndSpeedUp() {
 const COMMANDS = {
   speedUp: askAndSpeedUp,
   benchmark: () => run(() => benchmark(root(), create)),
+  tune: () => run(() => tune(root(), create)),
   toggle: () => run(() => toggle(root())),
   remove: () => run(() => remove(root(), create))
 }
@@ -196,7 +197,8 @@ app.registerExtension({
     return [
       null,
       { content: word('speedUp'), callback: COMMANDS.speedUp },
-      { content: word('benchmarkThis'), callback: () => run(() => benchmark(root(), create, node)) }
+      { content: word('benchmarkThis'), callback: () => run(() => benchmark(root(), create, node)) },
+      { content: word('tuneThis'), callback: () => run(() => tune(root(), create, node)) }
     ]
   },
 

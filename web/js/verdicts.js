@@ -87,7 +87,7 @@ const COLORS = {
 }
 
 /** Of nodes that show more than fits into the host's width for a new node. @type {Record<string, number>} */
-const NEW_NODE_WIDTHS = { SlipstreamBenchmark: 640, SlipstreamRecipe: 480 }
+const NEW_NODE_WIDTHS = { SlipstreamBenchmark: 640, SlipstreamTune: 640, SlipstreamRecipe: 480 }
 
 const STYLE = `
 .slipstream-verdict {
@@ -129,8 +129,8 @@ const STYLE = `
 
 /**
  * What some types of node draw beneath their rows, from the verdict's record. Gets what it drew before, to change that
- * in place; null draws nothing.
- * @type {Map<string, (record: any, element: HTMLElement | null) => HTMLElement | null>}
+ * in place, and the node; null draws nothing.
+ * @type {Map<string, (record: any, element: HTMLElement | null, node: Node) => HTMLElement | null>}
  */
 export const details = new Map()
 
@@ -303,7 +303,7 @@ function showDetail(panel, record) {
   panel.record = record
   if (isEqual) return
 
-  const detail = record ? tryDetail(drawDetail, record, panel.detail) : null
+  const detail = record ? tryDetail(drawDetail, record, panel) : null
   if (detail === panel.detail) return
   panel.detail?.remove()
   panel.detail = detail
@@ -311,9 +311,9 @@ function showDetail(panel, record) {
 }
 
 /** What fails to draw one node must not leave the others without their verdicts. */
-function tryDetail(drawDetail, record, element) {
+function tryDetail(drawDetail, record, { detail, node }) {
   try {
-    return drawDetail(record, element)
+    return drawDetail(record, detail, node)
   } catch (error) {
     console.error('Slipstream: the details of a node could not be drawn', error)
     return null

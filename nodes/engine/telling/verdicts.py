@@ -92,6 +92,7 @@ class Verdict:
         lines: what it says of itself, and its latest runs' lines in order.
         earlier: the lines of the runs before these.
         record: the counts of the latest run.
+        report: what the node itself measured, which no run of its methods replaces; empty if it measures nothing.
         totals: of all of the prompt's own runs that are over.
     """
 
@@ -102,6 +103,7 @@ class Verdict:
     lines: OrderedDict[Key, dict[str, Any]] = field(default_factory=OrderedDict)
     earlier: Folded = field(default_factory=Folded)
     record: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
 
     def put(self, key: Key, line: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ class Verdict:
             "node_id": self.node.id,
             "node_type": self.node.type,
             "lines": self.shown(),
-            "record": self.record,
+            "record": self.report or self.record,
             "totals": self.totals,
         }
 
@@ -183,7 +185,14 @@ def _find_prompt(server: Any, prompt_id: str, node: str | None = None) -> Prompt
     return Prompt(prompt_id, workflow_id, node, extra.get("client_id"), graph)
 
 
-def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: Key = NOT_RUN) -> None:
+def publish(
+    where: Prompt,
+    node: Node,
+    line: Line,
+    record: dict[str, Any],
+    run: Key = NOT_RUN,
+    report: dict[str, Any] | None = None,
+) -> None:
     """Set the line of one run on a node, and tell the client.
 
     Args:
@@ -193,11 +202,16 @@ def publish(where: Prompt, node: Node, line: Line, record: dict[str, Any], run: 
 
     Others as with `publish_lines`.
     """
-    publish_lines(where, node, {run: line}, record)
+    publish_lines(where, node, {run: line}, record, report=report)
 
 
 def publish_lines(
-    where: Prompt, node: Node, lines: Mapping[Key, Line], record: dict[str, Any], is_over: bool = False
+    where: Prompt,
+    node: Node,
+    lines: Mapping[Key, Line],
+    record: dict[str, Any],
+    is_over: bool = False,
+    report: dict[str, Any] | None = None,
 ) -> None:
     """Set lines on a node, and tell the client.
 
@@ -209,11 +223,15 @@ def publish_lines(
         lines: what to say, as with `publish`.
         record: the run's counts.
         is_over: whether the run is over, and one of the prompt's own: its counts belong to the prompt's.
+        report: what the node itself measured, if that is what is told.
     """
     with _lock:
         verdict = _kept.get((where.workflow, node.id))
         if verdict is None or where.id is None or verdict.prompt_id != where.id:
-            verdict = Verdict(where.id, where.workflow, node, where.graph.get(node.id, {}).get("inputs"))
+            # A node that measured may be cached while a sampler runs what it returned.
+            measured = {} if verdict is None or verdict.node.type != node.type else verdict.report
+            inputs = where.graph.get(node.id, {}).get("inputs")
+            verdict = Verdict(where.id, where.workflow, node, inputs, report=measured)
             if node.told:
                 # Here, and not when the node executes: it may be cached while a sampler runs.
                 verdict.put(TOLD, {"sampler": "", **asdict(Line("active", node.told))})
@@ -222,6 +240,7 @@ def publish_lines(
         for run, line in lines.items():
             verdict.put(run, {"sampler": where.sampler, **asdict(line)})
         verdict.record = record
+        verdict.report = verdict.report if report is None else report
         if is_over:
             verdict.totals = {name: verdict.totals.get(name, 0) + record[name] for name in SUMMED}
         _keep(verdict)

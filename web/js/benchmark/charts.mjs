@@ -18,9 +18,10 @@ let library
  * A chart lives while it is seen: where its place has no size (zoomed away, other tab, node removed) it is disposed of.
  * @param {string} title
  * @param {(report: Report) => { height: number, option: any } | null} optionOf Null where there is nothing to draw.
+ * @param {Record<string, (event: any) => void>} [events] What to do when something in it is pointed at or clicked.
  * @returns {Section}
  */
-export function chartSection(title, optionOf) {
+export function chartSection(title, optionOf, events = {}) {
   const element = make('figure', 'slipstream-benchmark__chart')
   const place = make('div', '')
   element.append(make('small', '', word(title)), place)
@@ -39,6 +40,7 @@ export function chartSection(title, optionOf) {
       else if (!chart && place.clientWidth) {
         chart = echarts.init(place, null, { renderer: 'svg' })
         chart.setOption(option)
+        for (const [name, act] of Object.entries(events)) chart.on(name, act)
       }
     }
   }
@@ -68,7 +70,7 @@ function loadLibrary() {
 }
 
 /** In the colours of the node, whatever the theme: an SVG knows `currentColor`. @param {object} [own] */
-function axis(own = {}) {
+export function axis(own = {}) {
   const line = { lineStyle: { color: 'currentColor', opacity: 0.16 } }
   return {
     axisLine: { show: false },
@@ -80,7 +82,7 @@ function axis(own = {}) {
 }
 
 /** @param {object} own */
-function tooltip(own) {
+export function tooltip(own) {
   return {
     confine: true,
     transitionDuration: 0,

@@ -23,7 +23,12 @@ const STRINGS = {
     round: 'round', step: 'step', noCharts: 'The chart could not be drawn: its library did not load.',
     pictures: 'Comparison of pictures', wipe: 'Wipe', flip: 'Flip', difference: 'Difference',
     amplified: 'difference, amplified', flipHint: 'Click to flip, hold to peek', copy: 'Copy as Markdown',
-    copied: 'Copied', notCopied: 'Not copied'
+    copied: 'Copied', notCopied: 'Not copied', frontier: 'Speed against fidelity: click a plan to choose it',
+    plan: 'plan', asItIs: 'as it is', floor: 'floor', worst: 'worst', mean: 'mean', onePicture: 'one more picture',
+    state: 'result', work: 'work', paysBack: 'pays back after {} pictures', chosen: 'chosen', fewerSteps: 'fewer steps',
+    untried: 'not tried', slower: 'not faster', 'below the floor': 'below the floor',
+    unlikely: 'would not hold on other pictures', failed: 'failed', unfinished: 'not tried to the end', holds: 'holds',
+    'failed the check': 'failed the check', fresh: 'on fresh seeds', allPlans: 'All {} plans', fewerPlans: 'Fewer plans'
   },
   zh: {
     seed: '种子', rounds: '轮数', variant: '方案', time: '耗时', range: '最小至最大', speed: '速度', interval: '95 % 区间',
@@ -31,7 +36,11 @@ const STRINGS = {
     noMethods: '无优化方法', firstRun: '首次运行', loaded: '权重加载', compiled: '编译图数：', recompiled: '测量期间重新编译：',
     runTimes: '每次运行的耗时与中位数', stepTimes: '每一步的耗时（各次运行的中位数）', median: '中位数', round: '轮次', step: '步',
     noCharts: '无法绘制图表：图表库未能加载。', pictures: '图像对比', wipe: '滑动对比', flip: '切换对比', difference: '差异',
-    amplified: '差异（已放大）', flipHint: '点击切换，按住暂看', copy: '复制为 Markdown', copied: '已复制', notCopied: '复制失败'
+    amplified: '差异（已放大）', flipHint: '点击切换，按住暂看', copy: '复制为 Markdown', copied: '已复制', notCopied: '复制失败',
+    frontier: '速度与保真度：点击方案即可选用', plan: '方案', asItIs: '原样', floor: '下限', worst: '最差', mean: '平均',
+    onePicture: '下一张图', state: '结果', work: '工作量', paysBack: '{} 张图后抵消', chosen: '已选', fewerSteps: '减少步数',
+    untried: '未尝试', slower: '不更快', 'below the floor': '低于下限', unlikely: '在其他图上难以达标', failed: '失败',
+    unfinished: '未测完', holds: '达标', 'failed the check': '未通过检验', fresh: '在新种子上', allPlans: '全部 {} 个方案', fewerPlans: '收起'
   }
 }
 

@@ -19,7 +19,8 @@
 import { Refusal, callOf, decodingVae, runOf, runs } from './call.mjs'
 import { place, slotPlace } from './place.mjs'
 import {
-  BENCHMARK, COPY, HOSTS_OWN, MODEL, RECIPE, Walk, common, isOn, isOurs, kindOf, nameOf, passedInput, switchNode
+  BENCHMARK, COPY, HOSTS_OWN, MODEL, RECIPE, TUNE, Walk, common, isOn, isOurs, kindOf, nameOf, passedInput, passes,
+  switchNode
 } from './walk.mjs'
 
 export { Refusal }
@@ -126,7 +127,7 @@ function leadsTo(walk, graph, link, end) {
   return [...walk.ancestors(end.chain[0], MODEL)].some(passes)
 }
 
-// Benchmark
+// Benchmark and Tune
 
 /**
  * Puts a Benchmark beside a sampler, wired from its own inputs and values: the model without us against as it is.
@@ -142,6 +143,23 @@ export function benchmark(root, create, chosen) {
     if (!on.length) throw new Refusal('nothingOn', nameOf(call.sampler))
     const baseline = plain(walk, origin, MODEL)
     return { baseline, candidate: { node: call.taker, index: call.model }, ...vaes(walk, call.sampler) }
+  })
+}
+
+/**
+ * Puts a Tune beside a sampler, wired from its own inputs and values, on the model without us.
+ * @param {Graph} root
+ * @param {Create} create
+ * @param {Node} [chosen] A sampler, or its guider; else the first that can be measured.
+ * @returns {Done}
+ */
+export function tune(root, create, chosen) {
+  return measure(root, create, chosen, TUNE, (walk, call) => {
+    const { sampler } = call
+    const vae = decodingVae(walk, sampler)
+    if (!vae) throw new Refusal('noPicture', nameOf(sampler))
+    if (vae.graph !== sampler.graph) throw new Refusal('pictureOutside', nameOf(sampler))
+    return { model: plain(walk, walk.origin(call.taker, call.model), MODEL), vae: { point: vae } }
   })
 }
 
@@ -222,10 +240,10 @@ function vaes(walk, sampler) {
  */
 function plain(walk, point, type) {
   const { graph, node } = point
-  const hasOurs = [...walk.ancestors(point, type)].some((one) => one.node && kindOf(one.node) === 'pass')
+  const hasOurs = [...walk.ancestors(point, type)].some((one) => one.node && passes(one.node))
   if (!hasOurs) return { point }
   if (!node) throw new Refusal('outside', graph.name)
-  if (kindOf(node) === 'pass') return plainInput(walk, node, passedInput(node), type)
+  if (passes(node)) return plainInput(walk, node, passedInput(node), type)
   if (node.subgraph && isOn(node)) {
     const through = oursThrough(walk, point)
     if (through === null) throw new Refusal('inside', nameOf(node))
@@ -250,7 +268,7 @@ function plainInput(walk, node, index, type) {
 /** Which input a subgraph node returns at an output by way of our nodes alone; null if it does more. @param {Walk} walk @param {Point} point */
 function oursThrough(walk, { node, graph, slot }) {
   let [inner] = walk.before(walk.point(graph, node, slot)) ?? []
-  while (inner?.node && kindOf(inner.node) === 'pass') inner = walk.origin(inner.node, passedInput(inner.node))
+  while (inner?.node && passes(inner.node)) inner = walk.origin(inner.node, passedInput(inner.node))
   return inner && !inner.node && inner.graph === node.subgraph ? inner.slot : null
 }
 
@@ -328,26 +346,28 @@ export function remove(root, create) {
   if (!ours.length) throw new Refusal('nothing')
   const stay = ours.filter((node) => kindOf(node) === 'stay')
   if (stay.length === ours.length) throw new Refusal('onlyStay', stay.map(nameOf))
-  const of = (kind) => ours.filter((node) => kindOf(node) === kind)
   const facts = [['removed', ours.length - stay.length]]
 
-  const cut = of('measure').flatMap((node) => consumers(walk, node)).map(nameOf)
-  for (const node of of('measure')) node.graph.remove(node)
+  const cut = ours.filter((node) => ['pass', 'measure'].includes(kindOf(node))).flatMap((node) => consumers(walk, node))
+  for (const node of ours.filter((node) => kindOf(node) === 'measure' && !passes(node))) node.graph.remove(node)
   for (const node of walk.nodes.filter((node) => COPY in node.properties)) node.graph.remove(node)
-  const replaced = of('replace').map((node) => replace(walk, node, create))
-  const shells = walk.graphs.filter((graph) => graph !== root && graph.nodes.every((node) => kindOf(node) === 'pass'))
+  const replaced = ours.filter((node) => kindOf(node) === 'replace').map((node) => replace(walk, node, create))
+  const shells = walk.graphs.filter((graph) => graph !== root && graph.nodes.every(passes))
   for (const graph of shells.filter((graph) => graph.nodes.length)) removeShell(walk, graph)
-  for (const node of of('pass')) if (!shells.includes(node.graph)) takeOut(walk, node, passedInput(node), 0, create)
+  for (const node of ours.filter(passes))
+    if (!shells.includes(node.graph)) takeOut(walk, node, passedInput(node), 0, create)
 
   if (replaced.length) facts.push(['replaced', replaced.map(nameOf)])
-  if (cut.length) facts.push(['cut', [...new Set(cut)]])
+  const bare = [...new Set(cut)].filter((node) => node.graph && !isOurs(node)).map(nameOf)
+  if (bare.length) facts.push(['cut', bare])
   if (stay.length) facts.push(['stay', stay.map(nameOf)])
   return { facts, nodes: replaced }
 }
 
-/** The nodes that a node's outputs go to. @param {Walk} walk @param {Node} node @returns {Node[]} */
+/** The nodes that a node's own outputs go to, not what it passes. @param {Walk} walk @param {Node} node @returns {Node[]} */
 function consumers(walk, node) {
-  const links = [...(node.outputs ?? []).keys()].flatMap((slot) => walk.wires(walk.point(node.graph, node, slot)))
+  const own = [...(node.outputs ?? []).keys()].slice(passes(node) ? 1 : 0)
+  const links = own.flatMap((slot) => walk.wires(walk.point(node.graph, node, slot)))
   return links.map((link) => walk.target(node.graph, link).node).filter(Boolean)
 }
 

@@ -24,17 +24,18 @@ const SUBGRAPH_OUTPUT = -20
 export const MODEL = 'MODEL'
 export const RECIPE = 'SlipstreamRecipe'
 export const BENCHMARK = 'SlipstreamBenchmark'
+export const TUNE = 'SlipstreamTune'
 
 /** Nodes that only measure. They sample, or look at samplers, beside the workflow. */
-const MEASURES = new Set([BENCHMARK, 'SlipstreamTune', 'SlipstreamReport'])
+const MEASURES = new Set([BENCHMARK, TUNE, 'SlipstreamReport'])
 
 /** What of the host's does the same, if less well. */
 export const HOSTS_OWN = { SlipstreamVAEDecodeTiled: 'VAEDecodeTiled', SlipstreamVAEEncodeTiled: 'VAEEncodeTiled' }
 
 /** Two of these on one model would have to agree on all. */
-const SUGGESTS = new Set([RECIPE, 'SlipstreamCPU'])
+const SUGGESTS = new Set([RECIPE, 'SlipstreamCPU', TUNE, 'SlipstreamLoadPlan'])
 
-/** The property of a copy of a node that Benchmark's baseline needed. */
+/** The property of a copy of a node that a model without us needed. */
 export const COPY = 'slipstream_baseline'
 
 /** @param {Node} node */
@@ -52,13 +53,21 @@ export function kindOf(node) {
   if (!String(node.type).startsWith('Slipstream')) return null
   if (MEASURES.has(node.type)) return 'measure'
   if (node.type in HOSTS_OWN) return 'replace'
-  return node.outputs?.length === 1 && passedInput(node) >= 0 ? 'pass' : 'stay'
+  return passedInput(node) >= 0 ? 'pass' : 'stay'
 }
 
-/** Which input a node of ours returns; -1 if it makes something of its own. @param {Node} node */
+/** What of ours may come out as it came in. */
+const PASSED = new Set([MODEL, 'VAE'])
+
+/** Which input a node of ours returns as its first output; -1 if it makes something of its own. @param {Node} node */
 export function passedInput(node) {
   const { type, name } = node.outputs[0]
-  return node.inputs.findIndex((input) => input.type === type || (input.name === name && name === 'value'))
+  return node.inputs.findIndex((input) => (PASSED.has(type) && input.type === type) || (input.name === name && name === 'value'))
+}
+
+/** Whether a node is of ours and returns what came in, so that wires can go past it. @param {Node} node */
+export function passes(node) {
+  return ['pass', 'measure'].includes(kindOf(node)) && passedInput(node) >= 0
 }
 
 /** @param {Node} node */
@@ -68,7 +77,7 @@ export function isOn(node) {
 
 /** @param {Node} node @param {boolean} on */
 export function switchNode(node, on) {
-  node.mode = on ? 0 : kindOf(node) === 'measure' ? MUTED : BYPASSED
+  node.mode = on ? 0 : passes(node) ? BYPASSED : MUTED
 }
 
 /** As the verdicts name a node: "KSampler 3". @param {Node} node */

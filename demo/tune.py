@@ -1,0 +1,85 @@
+"""`./slipstream tune`, inside the environment that the launcher makes: the Tune node in a real ComfyUI, headless.
+
+What was measured stays in the output folder, so that the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import DEMO_POSITIVE, NEGATIVE, POSITIVE, Graph, Prompt, measure, started
+from tune_options import add_options
+from workspace import run_program
+
+NODE = "SlipstreamTune"
+PROMPTS = (POSITIVE, "portrait of an old fisherman, soft light, photograph")
+DEMO_PROMPTS = (DEMO_POSITIVE, "winter day, cloudy sky, mountains, a lake, trees and a blue house")
+MOST = 5
+
+
+def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argparse.Namespace) -> Prompt:
+    """The search as an API prompt.
+
+    Raises:
+        RuntimeError: there are more prompts than the node takes.
+    """
+    prompts = arguments.prompt or (PROMPTS if checkpoint else DEMO_PROMPTS)
+    if len(prompts) > MOST:
+        raise RuntimeError(f"--prompt should be given at most {MOST} times, but is given {len(prompts)} times")
+    negative = arguments.negative if arguments.negative is not None else NEGATIVE if checkpoint else ""
+    graph = Graph(nodes)
+    loader = graph.loader(checkpoint)
+    wired: dict[str, Any] = {"model": [loader, 0], "vae": [loader, 2]}
+    for number, text in enumerate(prompts, 1):
+        ending = "" if number == 1 else f"_{number}"
+        wired[f"positive{ending}"] = [graph.add("CLIPTextEncode", text=text, clip=[loader, 1]), 0]
+    wired["negative"] = [graph.add("CLIPTextEncode", text=negative, clip=[loader, 1]), 0]
+    wired["latent_image"] = [graph.add("EmptyLatentImage", width=arguments.size, height=arguments.size), 0]
+    names = ("seed", "steps", "cfg", "scheduler", "floor", "seeds", "minutes", "may_use", "save_as")
+    call = {name: getattr(arguments, name) for name in names}
+    graph.add(NODE, **wired, **call, sampler_name=arguments.sampler, denoise=1.0)
+    return graph.prompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="slipstream tune")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--env", type=Path)
+    add_options(parser)
+    arguments = parser.parse_args()
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise RuntimeError(f"--json should be a file in a folder that exists, but is {arguments.json}")
+    output = arguments.output.absolute()
+    user = output / "user"
+    user.mkdir(parents=True, exist_ok=True)
+
+    with contextlib.ExitStack() as stack:
+        server, name = started(stack, arguments, output, "--user-directory", str(user))
+        report = measure(server, build_prompt(server.nodes(), name, arguments), NODE)
+
+    if not report.get("plans"):
+        raise RuntimeError(f"nothing was measured. ComfyUI's log: {server.log}")
+    print("\n" + report["markdown"])
+    saved = user / "slipstream" / "plans" / f"{arguments.save_as}.json"
+    if arguments.save_as and saved.is_file():
+        (output / "plans").mkdir(exist_ok=True)
+        print(shutil.copyfile(saved, output / "plans" / saved.name))
+    if arguments.json:
+        # Text and pictures are this machine's own.
+        data = {key: value for key, value in report.items() if key != "markdown"}
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(arguments.json)
+    if report["status"] == "failed":
+        raise RuntimeError(f"the search failed: {report['reason']}. ComfyUI's log: {server.log}")
+    if report["status"] == "interrupted":
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,417 @@
+"""The Tune node on real models: what it runs, finds, keeps and leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.sample
+import folder_paths
+import hosted
+import pytest
+import small_models
+import torch
+from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
+
+STEPS = 6
+"""The fewest of which Forecast may skip one."""
+
+SIZE = 8
+tune = hosted.engine("tune")
+benchmark = hosted.engine("benchmark")
+identity = hosted.engine("host.identity")
+plan_of = hosted.engine("plan.plan").plan_of
+
+
+@pytest.fixture
+def vae(monkeypatch):
+    """One that decodes at once: three of a latent's channels, as a picture."""
+    vae = small_models.vae()
+
+    def decode(latent):
+        return torch.nn.functional.interpolate(latent[:, :3].sigmoid(), scale_factor=8).movedim(1, -1)
+
+    monkeypatch.setattr(vae, "decode", decode)
+    return vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Before and after each run it is looked for: not in what was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """The host's folders, in scratch ones."""
+    for kind in ("output", "temp", "user"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch):
+    """All runs, as (methods, steps, seed); and times that are those of the work that went through the network."""
+    ran, real = [], benchmark.Subject.run
+
+    def run(self, call, callback):
+        methods = tuple(entry.config for entry in plan_of(self.model).entries)
+        ran.append((methods, call.steps, call.seed, id(call.positive)))
+        measured = real(self, call, callback)
+        return replace(measured, seconds=0.01 * measured.rows + 0.001)
+
+    monkeypatch.setattr(benchmark.Subject, "run", run)
+    return ran
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """A ladder of three dials."""
+    table = hosted.method("tune")
+    levels = {"cfg_cutoff": ({"cutoff": 0.75}, {"cutoff": 0.5}), "forecast": ({}, {"error_budget": 0.2})}
+    rows = [replace(row, levels=levels.get(row.stem, row.levels)) for row in table.ROWS if row.stem in levels]
+    monkeypatch.setattr(table, "ROWS", tuple(rows))
+    return rows
+
+
+@pytest.fixture
+def tuned(vae):
+    """Runs the node, with a small sampler call for what isn't given; gives its output."""
+    prompts = {}
+
+    def run(model, **values):
+        call = {"seed": 1, "steps": STEPS, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal"}
+        call |= {"seeds": 2, "floor": 0.5, "minutes": 60.0, "vae": vae}
+        if not prompts:
+            prompts.update({side: prompt(model, seed) for side, seed in (("positive", 10), ("negative", 11))})
+        values = {**prompts, "latent_image": {"samples": latent(model, SIZE)}, **call, **values}
+        return execute("SlipstreamTune", "9", model=model, **values)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What a search keeps: the first test that needs one fills it."""
+    return tmp_path_factory.mktemp("measured") / "slipstream"
+
+
+@pytest.fixture
+def finished(model, tuned, folders, measured):
+    """The output of a search that is over; of what it keeps, the node answers."""
+    kept = folders / "user" / "slipstream"
+    if measured.exists():
+        shutil.copytree(measured, kept)
+        return tuned(model)
+    output = tuned(model)
+    shutil.copytree(kept, measured)
+    return output
+
+
+OTHERS = '{"schema": 1, "about": {}, "trials": []}'
+"""What another version may have kept."""
+
+
+def report_of(output):
+    return output.ui["slipstream_tuned"][0]
+
+
+def test_it_finds_a_plan_and_returns_the_model_with_it(model, tuned, last_lines, folders):
+    sample(model)
+    before = fingerprint(model.model)
+    output = tuned(model, save_as="found")
+    model_out, images, markdown = output.result
+    report = report_of(output)
+    assert report["status"] == "finished"
+    assert report["is_complete"]
+    assert report["best"] == report["chosen"]
+    assert report["checks"][-1]["holds"]
+    assert report["checks"][-1]["worst"] >= 0.5
+    found = [entry.config for entry in plan_of(model_out).entries]
+    assert found
+    assert report["best"].startswith(found[0].title)
+    assert images.shape[0] == 2
+    assert not torch.equal(images[0], images[1])
+    assert markdown == report["markdown"]
+    assert f"| {report['best']} |" in markdown
+    saved = hosted.engine("saved_plans").read("Tune", "found")
+    assert [entry.config for entry in saved.entries] == found
+    assert last_lines("9")[0] == ("active", report["summary"])
+    # What it returns samples as nodes would make it, and what came in is as it was.
+    assert torch.isfinite(sample(model_out, steps=STEPS)).all()
+    assert not plan_of(model).entries
+    assert fingerprint(model.model) == before
+    json.dumps(report, allow_nan=False)
+
+
+def test_every_plan_that_was_tried_has_its_picture_and_the_exact_one(finished, folders):
+    plans = report_of(finished)["plans"]
+    pictures = [plan["image"] for plan in plans]
+    assert len(pictures) > 3
+    assert len({one["filename"] for one in pictures}) == len(pictures)
+    for one in (*pictures, *(plan["exact_image"] for plan in plans)):
+        assert (folders / "temp" / one["subfolder"] / one["filename"]).is_file()
+
+
+def test_the_plans_pictures_are_those_that_wiring_it_makes(model, finished, vae):
+    output = finished
+    call = {"steps": STEPS, "cfg": 5.0, "seed": 1, "image": latent(model, SIZE)}
+    for image, one in zip(output.result[1], (model, output.result[0]), strict=True):
+        with torch.inference_mode():
+            expected = vae.decode(sample(one, prompt(model, 10), prompt(model, 11), **call))
+        assert torch.equal(image, expected[0].float())
+
+
+def test_the_same_node_run_again_measures_nothing(model, tuned, finished, runs):
+    first = report_of(finished)
+    count = len(runs)
+    again = report_of(tuned(model))
+    assert len(runs) == count
+    assert (again["best"], again["checks"], again["plans"]) == (first["best"], first["checks"], first["plans"])
+
+
+def test_another_floor_uses_what_was_measured(model, tuned, finished, runs):
+    count = len(runs)
+    tuned(model, floor=0.45)
+    assert len(runs) - count <= count // 2
+    counted = [run for run in runs if run[0]]
+    assert len(counted) == len(set(counted))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"steps": STEPS + 1},
+        pytest.param({"cfg": 4.0}, marks=pytest.mark.long),
+        pytest.param({"sampler_name": "heun"}, marks=pytest.mark.long),
+        pytest.param({"scheduler": "simple"}, marks=pytest.mark.long),
+        pytest.param({"denoise": 0.9}, marks=pytest.mark.long),
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_sampler_call_is_measured_anew(other, model, tuned, folders):
+    tuned(model, minutes=1e-6)
+    tuned(model, minutes=1e-6, **other)
+    assert len(list((folders / "user").rglob("*.json"))) == 2
+
+
+def test_what_a_model_is_is_what_is_in_it(model):
+    """Not its id or its uuid: another process finds it again."""
+    same = small_models.model("minimal")
+    assert identity.of_weights(same) == identity.of_weights(model)
+    assert identity.of_weights(small_models.model("DiT")) != identity.of_weights(model)
+    loras = [add_lora(model, seed=3), add_lora(model, seed=3), add_lora(model, seed=4), add_lora(model, 3, 0.4)]
+    one, equal, other, weaker = (identity.of_patches(lora) for lora in loras)
+    assert one == equal
+    assert len({one, other, weaker, identity.of_patches(model)}) == 4
+    # Also while a LoRA is patched into the weights.
+    sample(loras[0])
+    assert identity.of_weights(model) == identity.of_weights(same)
+
+
+def test_prompts_are_told_apart_by_what_is_in_them(model):
+    one, equal, other = prompt(model, 10), prompt(model, 10), prompt(model, 11)
+    assert identity.digest(one) == identity.digest(equal) != identity.digest(other)
+    controlled = [hosted.with_control(one, hosted.controlnet(model)) for _ in range(2)]
+    assert identity.digest(controlled[0]) == identity.digest(controlled[1]) != identity.digest(one)
+    controlled[1][0][1]["control"].set_cond_hint(torch.zeros(1, 3, 128, 128), 1.0)
+    assert identity.digest(controlled[0]) != identity.digest(controlled[1])
+
+
+@pytest.mark.parametrize("after", [3, *(pytest.param(after, marks=pytest.mark.long) for after in (1, 6, 10))])
+def test_after_an_interrupt_it_goes_on_and_nothing_is_measured_twice(
+    after, model, tuned, runs, monkeypatch, last_lines
+):
+    real = comfy.model_management.throw_exception_if_processing_interrupted
+    monkeypatch.setattr(
+        comfy.model_management,
+        "throw_exception_if_processing_interrupted",
+        lambda: comfy.model_management.interrupt_current_processing() or real() if len(runs) == after else real(),
+    )
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tuned(model)
+    state, text = last_lines("9")[0]
+    assert state == "interrupted"
+    # The first one is a warm-up, and the last one did not end.
+    assert f"after {max(after - 2, 0)} runs" in text
+    comfy.model_management.interrupt_current_processing(False)
+    monkeypatch.undo()
+    token = NODES["SlipstreamTune"].fingerprint_inputs()
+    assert token != 0
+
+
+def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
+    class Crash(BaseException):
+        pass
+
+    real = tune.Tuning._run
+
+    def crashing(self, task):
+        if len(runs) == 7:
+            raise Crash
+        return real(self, task)
+
+    tune.Tuning._run = crashing
+    try:
+        with pytest.raises(Crash):
+            tuned(model)
+        tune.Tuning._run = real
+        report = report_of(tuned(model))
+    finally:
+        tune.Tuning._run = real
+    assert report["is_complete"]
+    counted = [run for run in runs if run[0] or run[1] != STEPS]
+    assert len(counted) == len(set(counted))
+    # Pictures of the exact model that were kept serve again.
+    exact = [run for run in runs if not run[0] and run[1] == STEPS]
+    # Each session has a warm-up.
+    assert len(exact) <= report["runs"] - len(counted) + 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("the compiler failed\nin many lines"), "RuntimeError: the compiler failed"),
+        pytest.param(MemoryError(), "out of memory", marks=pytest.mark.long),
+        (comfy.model_management.OOM_EXCEPTION("CUDA out of memory"), "out of memory"),
+        pytest.param(ValueError("no such setting"), "ValueError: no such setting", marks=pytest.mark.long),
+    ],
+    ids=["compiler", "RAM", "VRAM", "setting"],
+)
+def test_a_method_that_fails_is_a_result(error, told, model, tuned, runs, monkeypatch):
+    def begin(self, run):
+        raise error
+
+    monkeypatch.setattr(hosted.method("forecast").Forecast, "begin", begin)
+    report = report_of(tuned(model, seeds=1))
+    assert report["is_complete"]
+    assert "Forecast" not in (report["best"] or "")
+    failed = [plan for plan in report["plans"] if "Forecast" in plan["name"]]
+    assert failed
+    assert all(plan["state"] == "failed" and told in plan["problem"] for plan in failed)
+    assert told in report["markdown"]
+
+
+def test_pictures_that_are_not_finite_are_a_result(model, tuned, monkeypatch):
+    module = hosted.method("forecast")
+    real = module.ForecastRun.conditions
+    monkeypatch.setattr(
+        module.ForecastRun, "conditions", lambda self, *args: [one * float("nan") for one in real(self, *args)]
+    )
+    report = report_of(tuned(model, seeds=1))
+    failed = [plan for plan in report["plans"] if "Forecast" in plan["name"]]
+    assert failed
+    assert all("NaN" in plan["problem"] for plan in failed)
+    assert "Forecast" not in (report["best"] or "")
+
+
+def test_a_model_that_gives_nan_itself_is_refused(model, tuned):
+    broken = model.clone()
+    broken.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * float("nan"))
+    with pytest.raises(RuntimeError, match="Tune: the model itself gives NaN"):
+        tuned(broken)
+
+
+def test_a_chosen_plan_is_used_and_nothing_measured(model, tuned, finished, runs):
+    report = report_of(finished)
+    other = next(plan["name"] for plan in report["plans"] if plan["name"] not in (report["best"], report["rival"]))
+    count = len(runs)
+    output = tuned(model, chosen=other)
+    assert len(runs) == count
+    assert report_of(output)["chosen"] == other
+    assert report_of(output)["best"] == report["best"]
+    assert " + ".join(map(hosted.engine("saved_plans").described, configs(output))) == other
+
+
+def configs(output):
+    return [entry.config for entry in plan_of(output.result[0]).entries]
+
+
+def test_a_chosen_plan_that_was_never_tried_is_refused(model, tuned, runs):
+    with pytest.raises(
+        ValueError, match=r"Tune: chosen should be a plan that was tried here, but is 'magic'; .*none yet"
+    ):
+        tuned(model, chosen="magic")
+    assert runs == []
+
+
+def test_where_nothing_holds_the_very_model_comes_out(model, tuned, last_lines):
+    output = tuned(model, floor=1.0)
+    assert output.result[0] is model
+    assert last_lines("9")[0][0] == "inert"
+    images = output.result[1]
+    assert torch.equal(images[0], images[1])
+    assert "nothing is faster" in report_of(output)["summary"]
+
+
+@pytest.mark.parametrize(
+    "text", ["no json", *(pytest.param(text, marks=pytest.mark.long) for text in ("", "{}", OTHERS))]
+)
+def test_what_was_kept_and_is_broken_is_measured_anew_and_told(text, model, tuned, folders):
+    tuned(model, minutes=1e-6)
+    (file,) = (folders / "user" / "slipstream" / "tune").glob("*.json")
+    file.write_text(text)
+    report = report_of(tuned(model, minutes=1e-6))
+    assert any("measured anew" in note for note in report["notes"])
+    assert json.loads(file.read_text())["trials"]
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden"])
+def test_a_name_to_save_under_is_looked_at_before_anything_runs(name, model, tuned, runs):
+    with pytest.raises(ValueError, match="Tune: a plan's name has letters"):
+        tuned(model, save_as=name)
+    assert runs == []
+
+
+def test_an_empty_prompt_is_refused_naming_it(model, tuned, runs):
+    with pytest.raises(ValueError, match="Tune: expected a prompt at positive_2"):
+        tuned(model, positive_2=[])
+    assert runs == []
+
+
+def test_further_prompts_are_tried_too(model, tuned, runs):
+    second = prompt(model, 20)
+    report = report_of(tuned(model, positive_2=second, seeds=1))
+    assert report["pictures"] == 2
+    assert {run[3] for run in runs} >= {id(second)}
+    assert len({run[3] for run in runs}) == 2
+
+
+def test_methods_that_are_on_the_model_stay_and_are_part_of_what_is_exact(model, tuned):
+    freeu = run_node("SlipstreamFreeU", model, "5", preset="SD 1.5")
+    output = tuned(freeu, seeds=1)
+    stems = [config.stem for config in configs(output)]
+    assert "freeu" in stems
+    with_cutoff = run_node("SlipstreamCFGCutoff", model, "5", cutoff=0.9)
+    report = report_of(tuned(with_cutoff, seeds=1))
+    assert "CFG Cutoff is on the model already, and stays as it is" in report["notes"]
+    assert not any("CFG Cutoff" in plan["name"] for plan in report["plans"])
+
+
+def test_a_search_that_ran_out_of_time_is_not_answered_from_the_hosts_cache(model, tuned):
+    token = NODES["SlipstreamTune"].fingerprint_inputs
+    before = token(model=None, minutes=1.0)
+    report = report_of(tuned(model, minutes=1e-6, seeds=1))
+    assert not report["is_complete"]
+    assert token() != before
+    after = token()
+    assert report_of(tuned(model, seeds=1))["is_complete"]
+    assert token() == after
+
+
+def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tune.Kept, "write", full)
+    monkeypatch.setattr(tune.Kept, "put", full)
+    report = report_of(tuned(model, seeds=1))
+    assert report["best"]
+    assert any("No space left" in note for note in report["notes"])
