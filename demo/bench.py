@@ -150,7 +150,8 @@ def build_prompt(
     wired["latent_image"] = [add("EmptyLatentImage", width=arguments.size, height=arguments.size), 0]
     if not is_random:
         wired["vae"] = [loader, 2]
-    call = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "scheduler", "runs", "ablation")}
+    names = ("seed", "steps", "cfg", "scheduler", "runs", "ablation", "rivals", "seeds")
+    call = {name: getattr(arguments, name) for name in names}
     add(NODE, **wired, **call, sampler_name=arguments.sampler, denoise=1.0, save=True)
     return graph.prompt
 
@@ -199,6 +200,8 @@ def repeatable(arguments: argparse.Namespace, checkpoint: str | None) -> str:
         command += ["--method", method]
     for name in ("size", "steps", "cfg", "sampler", "scheduler", "seed", "runs", "ablation"):
         command += [f"--{name}", str(getattr(arguments, name))]
+    command += ["--rivals"] if arguments.rivals else []
+    command += ["--seeds", str(arguments.seeds)] if arguments.seeds > 1 else []
     return shlex.join(command)
 
 

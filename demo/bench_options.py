@@ -38,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("off", "each alone", "leave one out"),
         help="which other variants to measure (default: %(default)s)",
     )
+    parser.add_argument(
+        "--rivals", action="store_true", help="measure fewer steps and ComfyUI's EasyCache too, with as much work"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="seeds that the rounds take in turn (default: %(default)s)"
+    )
     parser.add_argument("--runs", type=int, default=3, help="measured rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--cfg", type=float, default=7.5, help="(default: %(default)s)")

@@ -22,17 +22,19 @@ class Server:
     """`main.py` in a base directory of its own; started on entry, stopped on exit.
 
     Attributes:
-        url: its address, on a port that was free.
+        port, url: its address, on a port that was free, or the one that was asked for.
         log: the file that takes its output.
     """
 
-    def __init__(self, comfyui: Path, base: Path, log: Path, options: list[str]) -> None:
+    def __init__(self, comfyui: Path, base: Path, log: Path, options: list[str], port: int = 0) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+            # As the server itself binds: a port is free again as soon as one that used it is gone.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._command = [sys.executable, str(comfyui / "main.py"), "--port", str(port), "--disable-auto-launch"]
+        self._command = [sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--disable-auto-launch"]
         # The database is the one thing that the base directory doesn't move.
         self._command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base / 'comfyui.db'}", *options]
 
@@ -83,6 +85,15 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End the server at once, as a machine that goes down does."""
+        self._process.kill()
+        self._process.wait()
 
     def wait(self) -> None:
         """Serve until the server ends."""

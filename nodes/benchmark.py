@@ -64,6 +64,28 @@ class SlipstreamBenchmark(io.ComfyNode):
                         "The candidate's own VAE, if it has another one. Decoding is then measured too, in each round."
                     ),
                 ),
+                option(
+                    io.Boolean,
+                    "rivals",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Measures what you could do without: fewer steps, and ComfyUI's own EasyCache, each with as "
+                        "much work as the candidate."
+                    ),
+                ),
+                option(
+                    io.Int,
+                    "seeds",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "Seeds that the rounds take in turn, from seed on: the report then has the worst picture "
+                        "beside the mean. More seeds than rounds make more rounds."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -92,6 +114,8 @@ class SlipstreamBenchmark(io.ComfyNode):
         save,
         vae=None,
         candidate_vae=None,
+        rivals=False,
+        seeds=1,
     ):
         call = SamplerCall(positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
-        return benchmark(cls, baseline, candidate, call, runs, vae, candidate_vae, ablation, save)
+        return benchmark(cls, baseline, candidate, call, runs, vae, candidate_vae, ablation, save, rivals, seeds)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
-from ..measuring.fidelity import amplified_difference, compare
+from ..measuring.fidelity import Fidelity, amplified_difference, compare, mean, worst
 from ..measuring.memory import Peak
 from ..measuring.report import Measured, Report, Role, Variant, to_markdown
 from .host import machine
@@ -39,12 +39,17 @@ from .node import node_of
 from .plan import models
 from .plan.plan import Entry, Plan, plan_of
 from .plan.record import outcome
+from .rivals import EasyCache, fewer_steps, matched
 from .run.probe import Probe, compiled
 from .run.sampling import with_plan
 from .telling import verdicts
 from .telling.teller import Audience
 
 ABLATIONS = ("off", "each alone", "leave one out")
+RIVALS = 2
+CLEARLY = 0.9
+"""Of how much of what its evaluations say a candidate's time must be, to count in their place."""
+
 FOLDER = "slipstream"
 PREFIX = "benchmark"
 
@@ -130,19 +135,36 @@ class Result:
 class Subject:
     """One variant while it is measured.
 
+    Args:
+        steps: to sample with in the place of the call's.
+        easycache: what is on the model, if core's EasyCache is measured.
+
     Attributes:
         variant: its part of the report.
-        result: of its first run.
+        result: of the first run with the seed of this round, until it is let go of.
     """
 
-    def __init__(self, name: str, role: Role, model: Any, vae: Any, is_decode_timed: bool):
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        model: Any,
+        vae: Any,
+        is_decode_timed: bool,
+        steps: int | None = None,
+        easycache: EasyCache | None = None,
+    ):
         self.variant = Variant(name, role, [entry.as_dict() for entry in plan_of(model).entries])
         self.result: Result | None = None
         self.model = model
-        # An ablation's runs would overwrite on the nodes what the whole plan did.
-        self.audience = Audience(self._hear, None if role == "ablation" else name)
+        # An ablation's runs would overwrite on the nodes what the whole plan did, and a rival's are none of its.
+        self.audience = Audience(self._hear, name if role in ("baseline", "candidate") else None)
         self._vae = vae
         self._is_decode_timed = is_decode_timed
+        self._steps = steps
+        self._easycache = easycache
+        self._latents: dict[int, torch.Tensor] = {}
+        self._found: list[Fidelity] = []
 
     def _hear(self, told: list[tuple[Entry, verdicts.Line]]) -> None:
         self.variant.verdicts = [{"title": entry.config.title, **asdict(line)} for entry, line in told]
@@ -155,10 +177,11 @@ class Subject:
     def settle(self, call: SamplerCall) -> None:
         """One step, that nobody is told of."""
         unheard = Audience(lambda told: None, None)
-        call.prepare(Probe(self.model.load_device).on(self.model, unheard), last_step=1)()
+        self._own(call).prepare(Probe(self.model.load_device).on(self.model, unheard), last_step=1)()
 
     def run(self, call: SamplerCall, callback: Callable[..., None]) -> Measured:
-        """One run: sampled, and decoded if it is the first one or decoding is measured."""
+        """One run: sampled, and decoded if it is the first one with its seed or decoding is measured."""
+        call = self._own(call)
         probe = Probe(self.model.load_device)
         sample = call.prepare(probe.on(self.model, self.audience), callback)
         graphs, compile_s = compiled()
@@ -176,16 +199,26 @@ class Subject:
             graphs=graphs_after - graphs,
             compile_s=compile_s_after - compile_s,
         )
+        if self._easycache is not None:
+            reached = self._easycache.take()
+            predictions = round(probe.predictions * reached / max(1, probe.rows))
+            measured = replace(measured, rows=reached, predictions=predictions)
+        is_first = call.seed not in self._latents
         # NaN is not equal to itself.
-        if self.result is not None and not torch.equal(latent.nan_to_num(), self.result.latent.nan_to_num()):
+        if not is_first and not torch.equal(latent.nan_to_num(), self._latents[call.seed].nan_to_num()):
             self.note("its runs differ though their seed is the same: the picture is the first run's")
         images = None
-        if self._vae is not None and (self.result is None or self._is_decode_timed):
+        if self._vae is not None and (is_first or self._is_decode_timed):
             images, seconds, (memory, _) = self.decode(latent, call.title)
             if self._is_decode_timed:
                 measured = replace(measured, decode_s=seconds, decode_memory=memory)
-        self.result = self.result or Result(latent, images)
+        if is_first:
+            self._latents[call.seed] = latent
+            self.result = Result(latent, images)
         return measured
+
+    def _own(self, call: SamplerCall) -> SamplerCall:
+        return call if self._steps is None else replace(call, steps=self._steps)
 
     def decode(self, latent: torch.Tensor, title: str) -> tuple[torch.Tensor | None, float, tuple[Peak, ...]]:
         """The pictures of a latent, (B, H, W, C), None if the VAE gives none; the seconds and memory it took."""
@@ -209,7 +242,7 @@ class Subject:
             self.variant.problems.append(problem)
 
     def compare(self, baseline: Subject) -> None:
-        """Say how far the first run's result is from the baseline's."""
+        """Say how far its results are from the baseline's, with those of this round, if they are new."""
         own, other = self.result, baseline.result
         if own is None or other is None:
             return
@@ -230,12 +263,18 @@ class Subject:
         elif own.images is not None and other.images is not None and own.images.shape != other.images.shape:
             self.note("its picture has another size than the baseline's: only the latents are compared")
             images = None, None
-        self.variant.fidelity = compare(other.latent, own.latent, *images)
+        latents = other.latent, own.latent
+        if images[0] is None or images[1] is None:
+            self._found.append(compare(*latents))
+        else:
+            pairs = zip(images[0], images[1], strict=True)
+            self._found += (compare(*latents, one[None], two[None]) for one, two in pairs)
+        self.variant.fidelity = mean(self._found)
+        self.variant.worst = worst(self._found) if len(self._latents) > 1 else None
 
-    def forget_images(self) -> None:
-        """Let go of the pictures: those of a video are large."""
-        if self.result is not None:
-            self.result = replace(self.result, images=None)
+    def forget(self) -> None:
+        """Let go of this round's result: the pictures of a video are large."""
+        self.result = None
 
 
 def timed(device: torch.device, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, tuple[Peak, ...]]:
@@ -268,21 +307,34 @@ class Benchmark:
         node: the node class, as `execute` gets it, with the host's hidden inputs.
         subjects: the baseline first, then the candidate.
         call: what is sampled.
-        runs: measured rounds.
+        runs: measured rounds; more, if there are more seeds.
         save: whether the report is kept in the host's output folder.
+        seeds: how many seeds the rounds take in turn, from the call's on.
+        rival: makes a subject of a rival, of its name, model and the rest of what `Subject` takes; None for no rivals.
     """
 
-    def __init__(self, node: type[io.ComfyNode], subjects: list[Subject], call: SamplerCall, runs: int, save: bool):
+    def __init__(
+        self,
+        node: type[io.ComfyNode],
+        subjects: list[Subject],
+        call: SamplerCall,
+        runs: int,
+        save: bool,
+        seeds: int = 1,
+        rival: Callable[..., Subject] | None = None,
+    ):
         self.node = node_of(node)
         self.where = verdicts.current_prompt()
         self.number = subjects[0].audience.number
         self.subjects = subjects
         self.call = call
-        self.runs = runs
+        self.runs = max(runs, seeds - 1)
+        self.seeds = seeds
+        self._rival = rival
         self.images: list[torch.Tensor] = []
         self._files = _Files(save)
         self._weights: tuple[int, Any] | None = None
-        total = (runs + 1) * len(subjects)
+        total = (self.runs + 1) * (len(subjects) + (RIVALS if rival else 0))
         self.bar = comfy.utils.ProgressBar(total * call.steps)
         device = subjects[0].model.load_device
         _, memory_is, is_device_memory = machine.device_memory(device)
@@ -302,7 +354,7 @@ class Benchmark:
         names = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
         shape = list(self.call.latent_for(self.subjects[0].model).shape)
         # A text, since seeds go beyond what JavaScript's numbers hold.
-        fixed = {"runs": self.runs, "seed": str(self.call.seed), "latent": shape}
+        fixed = {"runs": self.runs, "seed": str(self.call.seed), "seeds": self.seeds, "latent": shape}
         return fixed | {name: getattr(self.call, name) for name in names}
 
     def execute(self) -> None:
@@ -313,9 +365,14 @@ class Benchmark:
         error: BaseException | None = None
         try:
             for number in range(self.runs + 1):
+                call = replace(self.call, seed=(self.call.seed + number % self.seeds) % 2**64)
                 for subject in self.subjects:
                     self._tell(f"{f'round {number} of {self.runs}' if number else 'warm-up'}: {subject.variant.name}")
-                    self._measure(subject, is_warm_up=number == 0)
+                    self._measure(subject, call, is_warm_up=number == 0)
+                if number == 0 and self._rival is not None:
+                    self._add_rivals(self._rival)
+                for subject in self.subjects:
+                    subject.forget()
         except BaseException as raised:
             error = raised
             raise
@@ -326,20 +383,92 @@ class Benchmark:
             # Its traceback holds this frame, and the tensors of those below: no cycle may keep them.
             error = None
 
-    def _measure(self, subject: Subject, is_warm_up: bool) -> None:
+    def _measure(self, subject: Subject, call: SamplerCall, is_warm_up: bool) -> None:
+        self._keep(subject, self._run(subject, call), is_warm_up)
+
+    def _run(self, subject: Subject, call: SamplerCall) -> Measured:
         done = self.report.done * self.call.steps
         # The model's own layers stop for an interrupt; here is where one between two runs is seen.
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._make_ready(subject)
-        measured = subject.run(self.call, lambda step, *_: self.bar.update_absolute(done + step + 1))
+        return subject.run(call, lambda step, *_: self.bar.update_absolute(done + step + 1))
+
+    def _keep(self, subject: Subject, measured: Measured, is_warm_up: bool) -> None:
         self.report.done += 1
         self.bar.update_absolute(self.report.done * self.call.steps)
-        if not is_warm_up:
-            subject.variant.runs.append(measured)
-            return
-        subject.variant.warm_up = measured
         subject.compare(self.subjects[0])
-        self._keep_images(subject)
+        if is_warm_up:
+            subject.variant.warm_up = measured
+            self._keep_images(subject)
+        else:
+            subject.variant.runs.append(measured)
+
+    # Rivals
+
+    def _add_rivals(self, make: Callable[..., Subject]) -> None:
+        """Measure what does as much work as the candidate without it, from here on."""
+        share = self._share()
+        if share >= 1:
+            self.report.notes.append("no rivals: the candidate leaves out no work that they could leave out too")
+        for find in (self._fewer_steps, self._easycache) if share < 1 else ():
+            found = find(make, share)
+            if found is not None:
+                subject, measured = found
+                self.subjects.append(subject)
+                self.report.variants.append(subject.variant)
+                self._keep(subject, measured, is_warm_up=True)
+        self.report.total = (self.runs + 1) * len(self.subjects)
+
+    def _share(self) -> float:
+        """The candidate's work over the baseline's: as rows through the network; as time where that is clearly less,
+        for what works within an evaluation."""
+        times, rows = [], []
+        for subject in self.subjects[:2]:
+            self._tell(f"rivals: how fast {subject.variant.name} is")
+            # Once more: the first run of a process takes longer than any other.
+            measured = self._run(subject, self.call)
+            times.append(measured.seconds)
+            rows.append(measured.rows)
+        by_rows, by_time = rows[1] / max(1, rows[0]), times[1] / times[0]
+        return by_time if by_time < CLEARLY * by_rows else by_rows
+
+    def _fewer_steps(self, make: Callable[..., Subject], share: float) -> tuple[Subject, Measured] | None:
+        steps = fewer_steps(self.call.steps, share)
+        if steps >= self.call.steps:
+            self.report.notes.append("no fewer steps are as much work as the candidate's")
+            return None
+        subject = make(f"{steps} steps", self.subjects[0].model, steps=steps)
+        self._tell(f"warm-up: {subject.variant.name}")
+        return subject, self._run(subject, self.call)
+
+    def _easycache(self, make: Callable[..., Subject], share: float) -> tuple[Subject, Measured] | None:
+        """With the threshold at which it evaluates about as much as the candidate."""
+        baseline = self.subjects[0]
+        assert baseline.variant.warm_up is not None
+        tried: dict[float, tuple[Subject, Measured]] = {}
+
+        def rows_at(threshold: float) -> float:
+            name = f"EasyCache {threshold:g}"
+            self._tell(f"rivals: {name}, to find as many evaluations as the candidate's")
+            cached = EasyCache(baseline.model, threshold)
+            subject = make(name, cached.model, easycache=cached)
+            tried[threshold] = subject, self._run(subject, self.call)
+            return tried[threshold][1].rows
+
+        problem = ""
+        try:
+            threshold, _, runs = matched(rows_at, share * baseline.variant.warm_up.rows)
+        except ImportError:
+            problem = "this ComfyUI has none"
+        except Exception as error:
+            status, problem = outcome(error)
+            if status == "interrupted":
+                raise
+        if problem:
+            self.report.notes.append(f"no EasyCache: {problem}")
+            return None
+        self.report.notes.append(f"EasyCache's threshold was found by {runs} runs, to evaluate what the candidate does")
+        return tried[threshold]
 
     def _make_ready(self, subject: Subject) -> None:
         """Bring the device into the state it would be in if nothing but this variant ran."""
@@ -356,8 +485,7 @@ class Benchmark:
             return
         variant = subject.variant
         variant.image = self._write(lambda: self._files.save_picture(images, variant.name))
-        if variant.role == "ablation":
-            subject.forget_images()
+        if variant.role not in ("baseline", "candidate"):
             return
         self.images.append(images)
         if variant.role == "candidate" and len(self.images) == 2 and self.images[0].shape == images.shape:
@@ -448,6 +576,10 @@ class _Files:
         report.saved = saved
 
 
+def _rival(name: str, model: Any, vae: Any, is_decode_timed: bool, **more: Any) -> Subject:
+    return Subject(name, "rival", model, vae, is_decode_timed, **more)
+
+
 def _ablated(plan: Plan, ablation: str) -> list[tuple[str, Plan]]:
     """The plans that tell what each method of a plan gives: by itself, or by being missing."""
     if ablation == "each alone":
@@ -484,6 +616,8 @@ def benchmark(
     candidate_vae: Any,
     ablation: str,
     save: bool,
+    rivals: bool = False,
+    seeds: int = 1,
 ) -> io.NodeOutput:
     """The output of the node: pictures and report, and the report's data for the page.
 
@@ -491,6 +625,8 @@ def benchmark(
         baseline, candidate: ModelPatcher.
         vae: the VAE of the baseline, and of the candidate if that has none of its own; None for neither.
         ablation: one of `ABLATIONS`.
+        rivals: whether fewer steps and core's EasyCache are measured too, with as much work as the candidate.
+        seeds: how many seeds are compared.
 
     Raises:
         ValueError: a prompt is empty, or what came in is not this model's.
@@ -512,7 +648,8 @@ def benchmark(
         Subject("candidate", "candidate", candidate, other_vae, is_decode_timed),
         *(Subject(name, "ablation", with_plan(candidate, plan), other_vae, is_decode_timed) for name, plan in plans),
     ]
-    measured = Benchmark(node, subjects, call, runs, save)
+    rival = partial(_rival, vae=vae, is_decode_timed=is_decode_timed) if rivals else None
+    measured = Benchmark(node, subjects, call, runs, save, seeds, rival)
     if ablation != "off" and not plans:
         found = "one Slipstream method" if plan_of(candidate).entries else "no Slipstream method"
         measured.report.notes.append(f"ablation '{ablation}' has nothing to add: the candidate has {found}")

@@ -156,9 +156,11 @@ class Kept:
             Image.fromarray(pixels.numpy()).save(self._named(plan, picture, ".webp"), quality=92)
 
     def latent(self, plan: str, picture: str) -> torch.Tensor | None:
-        """A latent that was kept."""
-        path = self._named(plan, picture, ".safetensors")
-        return safetensors.torch.load_file(path)["latent"] if path.is_file() else None
+        """A latent that was kept; None where it is not there any more, or only a part of it."""
+        try:
+            return safetensors.torch.load_file(self._named(plan, picture, ".safetensors"))["latent"]
+        except (OSError, KeyError, safetensors.SafetensorError):
+            return None
 
     def shown(self, plan: str, picture: str) -> dict[str, str] | None:
         """A picture that was kept, where the page can see it, as the host names it."""
@@ -455,6 +457,7 @@ class Tuning:
             plan["exact_image"] = self.kept.shown(EXACT, picture)
         report["chosen"] = report["chosen"] or report["best"]
         report["summary"] = tuned.summary(report)
+        report["told"] = tuned.told(report)
         return {**report, "markdown": tuned.to_markdown(report)}
 
     def _tried(self) -> list[Candidate]:

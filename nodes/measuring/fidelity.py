@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,28 @@ def compare(
     similarity = math.fsum(similar) / len(similar)
     decibel = float(psnr(second, first, 1.0))
     return Fidelity(error, is_identical, similarity, decibel if math.isfinite(decibel) else None)
+
+
+def mean(found: Sequence[Fidelity]) -> Fidelity:
+    """Of several pictures; the noise of PSNR is averaged, not its decibel."""
+    similar = [one.ssim for one in found if one.ssim is not None]
+    noise = math.fsum(10 ** (-one.psnr_db / 10) for one in found if one.psnr_db is not None)
+    return Fidelity(
+        math.fsum(one.latent_error for one in found) / len(found),
+        all(one.is_identical for one in found),
+        math.fsum(similar) / len(similar) if similar else None,
+        -10 * math.log10(noise / len(similar)) if noise else None,
+    )
+
+
+def worst(found: Sequence[Fidelity]) -> Fidelity:
+    """The worst of each figure of several pictures."""
+    return Fidelity(
+        max(one.latent_error for one in found),
+        all(one.is_identical for one in found),
+        min((one.ssim for one in found if one.ssim is not None), default=None),
+        min((one.psnr_db for one in found if one.psnr_db is not None), default=None),
+    )
 
 
 def amplified_difference(baseline_images: Tensor, variant_images: Tensor, factor: float = 8.0) -> Tensor:

@@ -15,7 +15,7 @@ from .memory import Peak
 from .statistics import Ratio, Summary, speedup
 
 SCHEMA = 1
-Role = Literal["baseline", "candidate", "ablation"]
+Role = Literal["baseline", "candidate", "ablation", "rival"]
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -66,7 +66,9 @@ class Variant:
         methods: the plan's methods in canonical order: title, settings, nodes.
         warm_up: its first run, which is not part of the statistics.
         runs: the others.
-        fidelity: against the baseline; None until both were seen, and for what is not finite.
+        fidelity: against the baseline, the mean of all pictures so far; None until both were seen, and for what is not
+            finite.
+        worst: the worst of each figure of the pictures, where there are several seeds.
         verdicts: what its methods said of the last run: title, state, text.
         image: where its picture is, as the host names pictures.
         problems: what a reader must know before the figures.
@@ -78,6 +80,7 @@ class Variant:
     warm_up: Measured | None = None
     runs: list[Measured] = field(default_factory=list)
     fidelity: Fidelity | None = None
+    worst: Fidelity | None = None
     verdicts: list[dict[str, str]] = field(default_factory=list)
     image: dict[str, str] | None = None
     problems: list[str] = field(default_factory=list)
@@ -132,7 +135,7 @@ class Report:
         machine: hardware and versions.
         memory_is: what the memory column holds, in words.
         is_device_memory: whether that is a device's memory in use, and not the process's increase.
-        variants: the baseline first, then the candidate, then the ablation.
+        variants: the baseline first, then the candidate, then the ablation, then the rivals.
         difference: where the picture of the amplified difference is.
         status: how far it got.
         reason: why it failed.
@@ -175,27 +178,30 @@ def summary(report: dict[str, Any]) -> str:
     rounds = min(len(variant["runs"]) for variant in report["variants"][:2])
     parts = [f"candidate: {candidate['speedup']['text']} over {rounds} {'round' if rounds == 1 else 'rounds'}"]
     if candidate["fidelity"] is not None:
-        parts.append(_fidelity_words(candidate["fidelity"]))
+        parts.append(_fidelity_words(candidate["fidelity"], candidate["worst"]))
     return ", ".join([*parts, *candidate["problems"]])
 
 
-def _fidelity_words(fidelity: dict[str, Any]) -> str:
+def _fidelity_words(fidelity: dict[str, Any], worst: dict[str, Any] | None) -> str:
     if fidelity["is_identical"] and (fidelity["ssim"] is None or fidelity["psnr_db"] is None):
         return "the same picture"
     if fidelity["ssim"] is None:
-        return f"latent error {fidelity['latent_error']:.2%}"
-    return f"SSIM {fidelity['ssim']:.3f}"
+        text, least = f"latent error {fidelity['latent_error']:.2%}", worst and f"{worst['latent_error']:.2%}"
+    else:
+        text, least = f"SSIM {fidelity['ssim']:.3f}", worst and f"{worst['ssim']:.3f}"
+    return f"{text}, {least} at the worst" if least else text
 
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a text to paste anywhere."""
     about, machine = report["settings"], report["machine"]
+    more = f" and the {about['seeds'] - 1} after it" if about.get("seeds", 1) > 1 else ""
     columns = ["variant", "time (min to max)", "step (min to max)", "speed", *_optional(report), "memory"]
-    columns += ["evaluations", "rows", "SSIM", "PSNR", "latent error"]
+    columns += ["evaluations", "rows", "SSIM", *(["worst SSIM"] if _has_worst(report) else []), "PSNR", "latent error"]
     lines = [
         f"### {report['title']}",
         "",
-        f"{report['status']}{': ' + report['reason'] if report['reason'] else ''}; seed {about['seed']}, "
+        f"{report['status']}{': ' + report['reason'] if report['reason'] else ''}; seed {about['seed']}{more}, "
         f"{about['runs']} interleaved rounds after one warm-up of each.",
         "",
         _row(columns),
@@ -222,6 +228,10 @@ def _optional(report: dict[str, Any]) -> list[str]:
     return ["decode"] if any(variant["decode_s"] for variant in report["variants"]) else []
 
 
+def _has_worst(report: dict[str, Any]) -> bool:
+    return any(variant["worst"] for variant in report["variants"])
+
+
 def _cells(report: dict[str, Any], variant: dict[str, Any]) -> list[str]:
     fidelity = variant["fidelity"] or {}
     is_compared = bool(fidelity) and variant["role"] != "baseline"
@@ -232,11 +242,15 @@ def _cells(report: dict[str, Any], variant: dict[str, Any]) -> list[str]:
     cells += [f"{memory['median']:.0f} MiB" if memory else "-"]
     cells += [str(variant[name]) if variant[name] is not None else "-" for name in ("evaluations", "rows")]
     if not is_compared:
-        return [*cells, "-", "-", "-"]
+        return [*cells, "-", "-", "-", *(["-"] if _has_worst(report) else [])]
     has_images = fidelity["ssim"] is not None
     psnr = "infinite" if fidelity["psnr_db"] is None else f"{fidelity['psnr_db']:.1f} dB"
     error = "0" if fidelity["is_identical"] else f"{fidelity['latent_error']:.3g}"
-    return [*cells, f"{fidelity['ssim']:.4f}" if has_images else "-", psnr if has_images else "-", error]
+    cells += [f"{fidelity['ssim']:.4f}" if has_images else "-"]
+    if _has_worst(report):
+        worst = variant["worst"] or fidelity
+        cells += [f"{worst['ssim']:.4f}" if has_images else "-"]
+    return [*cells, psnr if has_images else "-", error]
 
 
 def _first_run(variant: dict[str, Any]) -> str:

@@ -120,6 +120,11 @@ class Log:
         found = (self._time(trial) for trial in self.of(plan))
         return [time for time in found if time is not None]
 
+    def unsteady(self) -> int:
+        """How many runs of plans have a time that does not count, since the machine was not as fast after as before."""
+        plans = (plan for plan in self._by_plan if plan != EXACT)
+        return sum(not time.is_steady for plan in plans for time in self.times(plan))
+
     def usual(self, plan: str, pictures: Iterable[str] | None = None) -> list[float]:
         """The logarithms of a plan's times, of the steady ones if there are any, at some pictures or at all."""
         among = None if pictures is None else set(pictures)

@@ -86,6 +86,7 @@ def as_dict(search: Search, found: Found) -> dict[str, Any]:
         "is_complete": found.is_complete,
         "runs": len(log.trials),
         "exact_runs": len(log.of(EXACT)),
+        "unsteady": log.unsteady(),
         "pictures": len(search.pictures),
     }
 
@@ -125,8 +126,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"The floor is {metric} {report['floor']:g}, for the worst of {report['pictures']} pictures and for one more "
         "picture in 95 of 100 cases. Speed is against the exact model, which ran in between.",
         "",
-        *(f"- {_check(check, metric)}" for check in report["checks"]),
-        *(f"- {told}" for told in _told(report)),
+        *(f"- {line}" for line in told(report)),
         *(f"- {note}" for note in report["notes"]),
     ]
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items() if value)
@@ -167,9 +167,14 @@ def _check(check: dict[str, Any], metric: str) -> str:
     return f"{seeds}: {result}, {metric} {check['worst']:.4f} at the worst, {check['speed']['text']}"
 
 
-def _told(report: dict[str, Any]) -> list[str]:
-    """What a reader should know besides the figures."""
-    told = []
+def told(report: dict[str, Any]) -> list[str]:
+    """What a reader should know besides the figures of the plans, a line each."""
+    told = [_check(check, report["metric"]) for check in report["checks"]]
+    if report["unsteady"]:
+        runs = "1 run" if report["unsteady"] == 1 else f"{report['unsteady']} runs"
+        told.append(
+            f"the machine was faster or slower after {runs} than before: their times count where a plan has no others"
+        )
     for plan in report["plans"]:
         if plan["first_s"] and plan["pays_back"] is not None:
             pictures = "1 picture" if plan["pays_back"] == 1 else f"{plan['pays_back']} pictures"

@@ -126,6 +126,7 @@ class CFGCutoffRun(MethodRun):
         self.saved = 0
         self.still_evaluated = 0
         self.guided_predictions: int | None = None
+        self.idle: tuple[int, int] | None = None
 
     def is_before(self, evaluation: Evaluation) -> bool:
         if self.config.start == 0:
@@ -163,6 +164,8 @@ class CFGCutoffRun(MethodRun):
             would_be = self.guided_predictions or guidance.conditions
             self.saved += max(0, would_be - evaluation.predictions)
             self.still_evaluated = max(self.still_evaluated, evaluation.predictions)
+            if evaluation.devices > len(evaluation.working):
+                self.idle = evaluation.devices - len(evaluation.working), evaluation.devices
             if is_alone:
                 self._note_alone(evaluation, is_before)
         self.predictions += evaluation.predictions
@@ -204,6 +207,8 @@ class CFGCutoffRun(MethodRun):
                 f"up to {self.still_evaluated} predictions an evaluation remained "
                 "(regional prompts, or a node such as PAG that evaluates more by itself)"
             )
+        if self.idle is not None:
+            notes.append("{} of {} devices had nothing to do in them".format(*self.idle))
         if self.foretold:
             notes.append(f"{self.foretold} more were skipped by Forecast")
         if self.left_out:

@@ -282,6 +282,7 @@ class ForecastRun(MethodRun):
         self.least: float | None = None
         self.bytes = 0
         self.is_combination_known = True
+        self.devices = 1
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
         if evaluation is not self.evaluation:
@@ -332,6 +333,7 @@ class ForecastRun(MethodRun):
         why = self._why_made(evaluation, is_same_step, goes_up)
         self.evaluation, self.sigma, self.step, self.groups = evaluation, sigma, evaluation.step, []
         self.is_skipping = evaluation.is_forecast = why is None
+        self.devices = evaluation.devices
         if why is None:
             self.skipped += 1
             self.row += 1
@@ -555,6 +557,8 @@ class ForecastRun(MethodRun):
             notes.append(f"nothing was learned from {self.cached} that DeepCache shortened")
         if not self.is_combination_known:
             notes.append("the error is that of the worst condition, since how the guider combines them is its own")
+        if self.devices > 1:
+            notes.append(f"all {self.devices} devices had nothing to do in those that were skipped")
         return notes
 
     def _why_inert(self) -> str:

@@ -176,6 +176,8 @@ class Evaluation:
             that under a budget.
         is_reused: whether the positive alone was evaluated in it, with the guidance of earlier ones.
         error: what that leaves in the latent, relative to it.
+        devices: on how many the host samples.
+        working: the copies of the model, one on each device, that computed in it so far.
     """
 
     step: int
@@ -187,6 +189,8 @@ class Evaluation:
     budget: float | None = None
     is_reused: bool = False
     error: float = 0.0
+    devices: int = 1
+    working: set[Hashable] = field(default_factory=set)
 
 
 class Guidance(Protocol):

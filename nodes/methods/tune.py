@@ -66,7 +66,16 @@ ROWS = (
     Row("precision", ({},), needs=lambda given: _on_processor(given) and has_bf16()),
     Row("winograd", ({}, {"bf16": True}), needs=_on_processor),
     Row("quantize", ({}, {"scheme": "fp8 dynamic"}), prepares=True),
-    Row("cfg_cutoff", ({"cutoff": 0.9}, {"cutoff": 0.75}, {"cutoff": 0.6}), needs=lambda given: given.cfg != 1.0),
+    Row(
+        "cfg_cutoff",
+        (
+            {"cutoff": 1.0, "reuse_every": 2},
+            {"cutoff": 1.0, "reuse_every": 3},
+            {"cutoff": 0.8, "reuse_every": 3},
+            {"cutoff": 0.6, "reuse_every": 3},
+        ),
+        needs=lambda given: given.cfg != 1.0,
+    ),
     Row(
         "forecast", ({"error_budget": 0.02}, {}, {"error_budget": 0.1}, {"error_budget": 0.2}), excludes=("deepcache",)
     ),

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from comfyui import Server
-from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, Response, sync_playwright
 from playwright.sync_api import Page as PlaywrightPage
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
@@ -440,12 +440,19 @@ class Page:
         self.settle()
 
     def queue(self) -> str | Outcome:
-        """Presses Run. Returns the prompt's id, or the outcome if the server refused it."""
-        with self.page.expect_response(lambda response: response.url.endswith("/prompt")) as posted:
+        """Presses Run. Returns the prompt's id, or the outcome if the server, or ComfyUI-Distributed's part of it,
+        refused it."""
+
+        def is_answer(response: Response) -> bool:
+            return response.request.method == "POST" and response.url.endswith(("/prompt", "/distributed/queue"))
+
+        with self.page.expect_response(is_answer) as posted:
             self.page.get_by_test_id("queue-button").first.click()
         answer = posted.value.json()
         if "prompt_id" in answer:
             return str(answer["prompt_id"])
+        if "node_errors" not in answer:
+            return Outcome("refused", "", answer["error"])
         errors = [
             error["details"] or error["message"] for node in answer["node_errors"].values() for error in node["errors"]
         ]

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.latent_formats
@@ -602,3 +603,111 @@ def test_the_files_are_where_the_report_says(model, benchmark, vae, folders):
         *report["saved"].values(),
     ):
         assert (Path(folders) / reference["type"] / reference["subfolder"] / reference["filename"]).stat().st_size > 0
+
+
+def test_several_seeds_are_taken_in_turn_by_all_and_the_worst_picture_is_told(model, benchmark, vae, monkeypatch):
+    calls, real = [], comfy.sample.sample
+    monkeypatch.setattr(
+        comfy.sample, "sample", lambda *args, **kwargs: calls.append(kwargs["seed"]) or real(*args, **kwargs)
+    )
+    candidate, small = carrying(model, "SlipstreamCFGCutoff"), {"latent_image": {"samples": latent(model, 8)}}
+    report = report_of(benchmark(model, candidate, vae=vae, runs=1, seeds=3, seed=2**64 - 1, **small))
+    assert calls == [2**64 - 1, 2**64 - 1, 0, 0, 1, 1]
+    assert [len(variant["runs"]) for variant in report["variants"]] == [2, 2]
+    monkeypatch.undo()
+    expected = []
+    for seed in (2**64 - 1, 0, 1):
+        one = report_of(benchmark(model, candidate, vae=vae, runs=1, seed=seed, **small))["variants"][1]
+        assert one["worst"] is None
+        expected.append(one["fidelity"])
+    found = report["variants"][1]
+    for key in ("ssim", "latent_error"):
+        assert found["fidelity"][key] == pytest.approx(sum(one[key] for one in expected) / 3, rel=1e-5)
+    assert found["worst"]["ssim"] == pytest.approx(min(one["ssim"] for one in expected), rel=1e-5)
+    assert found["worst"]["latent_error"] == pytest.approx(max(one["latent_error"] for one in expected), rel=1e-5)
+    assert found["worst"]["ssim"] < found["fidelity"]["ssim"]
+    assert "at the worst" in report["summary"]
+
+
+def test_seeds_that_come_again_are_compared_once_and_must_give_the_same(model, benchmark):
+    report = report_of(benchmark(model, carrying(model, "SlipstreamFreeU"), runs=3, seeds=2))
+    once = report_of(benchmark(model, carrying(model, "SlipstreamFreeU"), runs=1, seeds=2))
+    assert report["variants"][1]["worst"] == once["variants"][1]["worst"]
+    assert not report["variants"][1]["problems"]
+
+
+def test_rivals_do_as_much_work_as_the_candidate(model, benchmark, vae, last_lines):
+    with Counter(model) as counter:
+        report = report_of(benchmark(model, carrying(model, "SlipstreamCFGCutoff"), vae=vae, rivals=True, runs=1))
+    baseline, candidate, fewer, easycache = report["variants"]
+    assert (fewer["name"], fewer["role"], fewer["rows"]) == ("5 steps", "rival", 10)
+    assert easycache["name"].startswith("EasyCache 0.")
+    # It skips steps whole, of both conditions.
+    assert abs(easycache["rows"] - candidate["rows"]) <= 2
+    assert easycache["rows"] < baseline["rows"] == easycache["evaluations"] * 2
+    assert (report["done"], report["total"]) == (8, 8)
+    for rival in (fewer, easycache):
+        assert rival["fidelity"]["ssim"] < 1
+        assert len(rival["runs"]) == 1
+        assert rival["image"]
+        assert not rival["methods"]
+    assert any("EasyCache's threshold was found by" in note for note in report["notes"])
+    assert sum(counter.rows) < 25 * baseline["rows"]
+    # The nodes tell of the candidate alone, and nothing stays on the model.
+    assert len(last_lines("1")) == 1
+    assert "easycache" not in model.model_options["transformer_options"]
+    assert not model.wrappers
+
+
+@pytest.mark.parametrize("share", [0.5, 0.97])
+def test_what_works_within_an_evaluation_is_matched_by_its_time(share, model, benchmark, monkeypatch):
+    subject = hosted.engine("benchmark").Subject
+    real = subject.run
+
+    def run(self, *args):
+        return replace(real(self, *args), seconds=1.0 if self.variant.role == "baseline" else share)
+
+    monkeypatch.setattr(subject, "run", run)
+    report = report_of(benchmark(model, carrying(model, "SlipstreamDeepCache"), rivals=True, runs=1))
+    rivals = [variant["name"] for variant in report["variants"][2:]]
+    if share == 0.5:
+        assert rivals[0] == "3 steps"
+        assert report["variants"][3]["rows"] < 12
+    else:
+        assert rivals == []
+        assert report["notes"] == ["no rivals: the candidate leaves out no work that they could leave out too"]
+        assert (report["done"], report["total"]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(ImportError("gone"), "this ComfyUI has none"), (PlantedError("no"), "PlantedError: no")]
+)
+def test_an_easycache_that_cannot_be_is_told(error, told, model, benchmark, monkeypatch):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(hosted.engine("benchmark"), "EasyCache", fails)
+    report = report_of(benchmark(model, carrying(model, "SlipstreamCFGCutoff"), rivals=True, runs=1))
+    assert [variant["name"] for variant in report["variants"]] == ["baseline", "candidate", "5 steps"]
+    assert report["notes"] == [f"no EasyCache: {told}"]
+    assert (report["status"], report["done"], report["total"]) == ("finished", 6, 6)
+
+
+def test_an_interrupt_while_a_rival_is_looked_for_ends_it(model, benchmark, monkeypatch, last_lines):
+    def interrupted(*args):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(hosted.engine("benchmark"), "EasyCache", interrupted)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        benchmark(model, carrying(model, "SlipstreamCFGCutoff"), rivals=True)
+    assert last_lines("9")[0][0] == "interrupted"
+
+
+def test_the_threshold_is_found_in_a_few_runs():
+    rivals = hosted.engine("rivals")
+    for wanted in range(4, 40, 3):
+        threshold, rows, runs = rivals.matched(lambda one: max(4, round(40 / (1 + 5 * one))), wanted)
+        assert runs <= rivals.TRIES
+        assert abs(rows - wanted) <= 2
+        assert rivals.LEAST <= threshold <= rivals.MOST
+    assert [rivals.fewer_steps(20, share) for share in (1.0, 0.75, 0.51, 0.5, 0.01)] == [20, 15, 11, 10, 1]

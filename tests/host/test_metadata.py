@@ -225,7 +225,7 @@ def test_a_prompt_that_is_no_prompt_or_goes_in_circles_passes(host):
         assert handler(dict(data)) == data
     circle = graph()
     circle["12:7"]["inputs"]["model"] = ["3", 0]
-    assert handler({"prompt": circle})["prompt"] is circle
+    assert handler({"prompt": circle})["prompt"] == circle
 
 
 def test_an_image_whose_sampler_the_host_had_cached_tells_of_the_run_that_made_it(host):
@@ -259,8 +259,40 @@ def test_what_the_page_sends_and_what_the_host_makes_of_it_are_one_sampler(host)
 
 
 def test_a_client_that_sends_no_workflow_gets_no_claim_of_one(host):
-    """Other packs' nodes take an `extra_pnginfo` that is not None for the page's."""
-    assert set(host.run(graph(), {})) == {"prompt"}
+    """Other packs' nodes take an `extra_pnginfo` that is not None for the page's: the prompt itself tells it."""
+    with_workflow = host.run(graph())["slipstream"]
+    (run,) = with_workflow.pop("samplers").values()
+    steps = []
+    Loader.callback = lambda: steps.append(1)
+    titled = graph("b", seed=2)
+    titled["3"]["_meta"] = {"title": "mine", "slipstream": "of another file"}
+    # One that ran, and one that the host's cache answers.
+    for sent in (titled, graph("c", seed=2)):
+        chunks = host.run(sent, {})
+        assert set(chunks) == {"prompt"}
+        meta = chunks["prompt"]["3"]["_meta"]
+        assert meta.pop("title", "mine") == "mine"
+        assert meta == {"slipstream": {**with_workflow, **run}}
+        assert len(steps) == 3
+        assert "slipstream" not in json.dumps([entry for node, entry in chunks["prompt"].items() if node != "3"])
+    kept = next(iter(host.server.prompt_queue.get_history().values()))["prompt"]
+    assert type(kept[2]) is dict
+    assert titled["3"]["_meta"]["slipstream"] == "of another file"
+
+
+def test_a_run_that_did_not_end_leaves_no_claim_in_a_prompt_either(host):
+    assert "_meta" in host.run(graph(), {})["prompt"]["3"]
+    (handler,) = host.server.on_prompt_handlers
+    waiting = handler({"prompt": graph("b")})["prompt"]
+    assert waiting["3"]["_meta"]["slipstream"]["runs"]
+
+    def fail():
+        raise RuntimeError("a planted fault")
+
+    Loader.callback = fail
+    host.executor.reset()
+    assert host.run(graph("c"), {}) is None
+    assert waiting["3"]["_meta"] == {}
 
 
 def test_each_sampler_has_an_entry_and_the_last_image_both(host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ import small_models
 import torch
 from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
 
+ROWS = hosted.method("tune").ROWS
 STEPS = 6
 """The fewest of which Forecast may skip one."""
 
@@ -299,6 +301,116 @@ def test_a_method_that_fails_is_a_result(error, told, model, tuned, runs, monkey
     assert told in report["markdown"]
 
 
+@pytest.fixture
+def planted(monkeypatch):
+    """Changes what runs take and give: a function of (measured, pictures, call, configurations, number)."""
+
+    def plant(change):
+        counted, real = itertools.count(), benchmark.Subject.run
+
+        def run(self, call, callback):
+            measured = real(self, call, callback)
+            configs = {entry.config.stem: entry.config for entry in plan_of(self.model).entries}
+            measured, images = change(measured, self.result.images, call, configs, next(counted))
+            self.result = replace(self.result, images=images)
+            return measured
+
+        monkeypatch.setattr(benchmark.Subject, "run", run)
+
+    return plant
+
+
+def test_a_method_that_is_slower_is_left_out_and_told(model, tuned, planted):
+    def slower(measured, images, call, configs, number):
+        return replace(measured, seconds=measured.seconds * (3 if "cfg_cutoff" in configs else 1)), images
+
+    planted(slower)
+    report = report_of(tuned(model, seeds=1))
+    assert report["best"].startswith("Forecast")
+    slow = [plan for plan in report["plans"] if plan["name"].startswith("CFG Cutoff")]
+    # Nothing is built on it.
+    assert [plan["state"] for plan in slow] == ["slower"] * 2
+    assert all(plan["speed"]["value"] < 1 for plan in slow)
+    assert "| not faster |" in report["markdown"]
+
+
+def test_a_method_that_breaks_the_pictures_of_one_prompt_only_is_found_out_and_told(model, tuned, planted):
+    second = prompt(model, 20)
+
+    def broken(measured, images, call, configs, number):
+        return measured, 1 - images if "forecast" in configs and call.positive is second else images
+
+    planted(broken)
+    report = report_of(tuned(model, seeds=2, positive_2=second, floor=0.05))
+    assert report["best"].startswith("CFG Cutoff")
+    assert "Forecast" not in report["best"]
+    states = {plan["state"] for plan in report["plans"] if "Forecast" in plan["name"]}
+    assert states <= {"below the floor", "unfinished", "unlikely"}
+    assert "below the floor" in states
+    assert report["checks"][-1]["holds"]
+
+
+@pytest.mark.parametrize("at", [6, *(pytest.param(at, marks=pytest.mark.long) for at in (3, 9, 13))])
+def test_a_machine_that_slows_down_in_the_middle_changes_nothing_and_is_told(at, model, tuned, planted, folders):
+    pace = [1.0]
+
+    def slowing(measured, images, call, configs, number):
+        # Of each picture the same: what Forecast skips is not.
+        seconds = call.steps / STEPS
+        if "cfg_cutoff" in configs:
+            seconds *= 0.5 + configs["cfg_cutoff"].cutoff / 2
+        if "forecast" in configs:
+            seconds *= 0.6 - configs["forecast"].error_budget
+        return replace(measured, seconds=seconds * (pace[0] if number >= at else 1.0)), images
+
+    planted(slowing)
+    usual = report_of(tuned(model))
+    shutil.rmtree(folders / "user" / "slipstream")
+    pace[0] = 3.0
+    planted(slowing)
+    slowed = report_of(tuned(model))
+    assert slowed["best"] == usual["best"]
+    speeds = {plan["name"]: plan["speed"]["value"] for plan in usual["plans"]}
+    for plan in slowed["plans"]:
+        assert plan["speed"]["value"] == pytest.approx(speeds[plan["name"]], rel=0.02)
+    assert slowed["checks"][-1]["speed"]["value"] == pytest.approx(usual["checks"][-1]["speed"]["value"], rel=0.02)
+    assert usual["unsteady"] == 0 < slowed["unsteady"]
+    assert "the machine was faster or slower after" in slowed["markdown"]
+    assert any(line.startswith("the machine was faster or slower after") for line in slowed["told"])
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
+def test_a_compiler(fails, model, tuned, short, monkeypatch):
+    """What it takes the first time is told apart; one that fails costs its own plans alone."""
+    table = hosted.method("tune")
+    row = next(row for row in ROWS if row.stem == "compile_model")
+    # A graph that was made before would serve again.
+    compiling = replace(row, levels=({"backend": "eager", "dynamic": "off" if fails else "auto"},))
+    monkeypatch.setattr(table, "ROWS", (compiling, *table.ROWS))
+    if fails:
+
+        def compile_graph(*args):
+            raise RuntimeError("no compiler was found")
+
+        monkeypatch.setattr(hosted.DynamoAlone, "compile_graph", compile_graph)
+    report = report_of(tuned(model, seeds=1, may_use="everything"))
+    assert report["is_complete"]
+    (alone,) = [
+        plan for plan in report["plans"] if plan["name"].startswith("Compile Model, ") and "+" not in plan["name"]
+    ]
+    if fails:
+        assert alone["state"] == "failed"
+        assert "no compiler was found" in alone["problem"]
+        assert "no compiler was found" in report["markdown"]
+        assert report["best"]
+        assert "Compile" not in report["best"]
+        assert sum("Compile" in plan["name"] for plan in report["plans"]) == 1
+    else:
+        # It runs as it did, since dynamo alone makes nothing faster.
+        assert alone["state"] == "slower"
+        assert alone["first_s"] > 0
+
+
 def test_pictures_that_are_not_finite_are_a_result(model, tuned, monkeypatch):
     module = hosted.method("forecast")
     real = module.ForecastRun.conditions
@@ -404,6 +516,22 @@ def test_a_search_that_ran_out_of_time_is_not_answered_from_the_hosts_cache(mode
     after = token()
     assert report_of(tuned(model, seeds=1))["is_complete"]
     assert token() == after
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_picture_that_was_half_written_is_made_again(left, model, tuned, finished, runs, folders):
+    """As after a crash of the whole machine."""
+    kept = next((folders / "user" / "slipstream" / "tune").glob("*/"))
+    (trials,) = (folders / "user" / "slipstream" / "tune").glob("*.json")
+    exact = tune.Kept(json.loads(trials.read_text())["about"])
+    for path in kept.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:left])
+    count = len(runs)
+    output = tuned(model)
+    assert report_of(output)["best"] == report_of(finished)["best"]
+    # A warm-up, and the picture to compare with.
+    assert [methods for methods, *_ in runs[count:]] == [(), ()]
+    assert len(exact.log.trials) + 1 == len(tune.Kept(exact.about).log.trials)
 
 
 def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch):

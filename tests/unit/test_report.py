@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from slipstream_pack.nodes.measuring.fidelity import Fidelity
+from slipstream_pack.nodes.measuring.fidelity import Fidelity, mean, worst
 from slipstream_pack.nodes.measuring.memory import Peak
 from slipstream_pack.nodes.measuring.report import Measured, Report, Variant, to_markdown
 
@@ -81,6 +81,32 @@ def test_the_markdown_holds_every_column(two):
     assert dict(zip(head, baseline, strict=True))["SSIM"] == "-"
     assert "DeepCache: reused 3 of 4; first run 12.10 s" in text
     assert "2 graphs compiled in 8.0 s, 0 after it" in text
+
+
+def test_of_several_pictures_the_worst_is_beside_the_mean(two):
+    found = [Fidelity(0.02, False, 0.97, 30.0), Fidelity(0.04, False, 0.91, 20.0), Fidelity(0.0, True, 1.0, None)]
+    two.settings["seeds"] = 3
+    two.variants[1].fidelity, two.variants[1].worst = mean(found), worst(found)
+    data = two.as_dict()
+    assert data["variants"][1]["fidelity"]["latent_error"] == pytest.approx(0.02)
+    # Of the squared errors, 0.001, 0.01 and 0.
+    assert data["variants"][1]["fidelity"]["psnr_db"] == pytest.approx(24.357, abs=1e-3)
+    assert data["variants"][1]["worst"] == {"latent_error": 0.04, "is_identical": False, "ssim": 0.91, "psnr_db": 20.0}
+    assert data["summary"].endswith("SSIM 0.960, 0.910 at the worst")
+    text = to_markdown(data)
+    head, _, baseline, candidate = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    )
+    assert len(head) == len(baseline) == len(candidate)
+    assert dict(zip(head, candidate, strict=True))["worst SSIM"] == "0.9100"
+    assert "seed 7 and the 2 after it" in text
+
+
+def test_without_pictures_the_worst_is_that_of_the_latents(two):
+    found = [Fidelity(0.02, False), Fidelity(0.04, False)]
+    two.variants[1].fidelity, two.variants[1].worst = mean(found), worst(found)
+    assert two.as_dict()["summary"].endswith("latent error 3.00%, 4.00% at the worst")
+    assert mean(found).psnr_db is None
 
 
 def test_decoding_gets_a_column_where_it_was_measured(two):

@@ -70,6 +70,14 @@ def test_its_text_has_every_plan_and_what_became_of_it():
     assert text.endswith("device a CPU.\n")
 
 
+def test_a_machine_that_was_not_as_fast_all_the_time_is_told():
+    slowed, _, _ = reported(pace=lambda runs: 1.0 if runs < 12 else 2.0)
+    usual, _, _ = reported()
+    assert slowed["unsteady"] > 0
+    assert any(line.startswith("the machine was faster or slower after") for line in tuned.told(slowed))
+    assert not any(line.startswith("the machine") for line in tuned.told(usual))
+
+
 def test_fewer_steps_that_hold_too_are_told():
     report, _, _ = reported(spoiled=lambda one, picture: 0.0001 if one.steps else None)
     assert f"{report['rival']} alone are as fast as the plan and hold too" in tuned.to_markdown(report)

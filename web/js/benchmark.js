@@ -171,7 +171,8 @@ function titleSection() {
   return {
     element,
     update({ title, settings }) {
-      const about = [`${word('seed')} ${settings.seed}`, `${word('rounds')} ${settings.runs}`]
+      const more = settings.seeds > 1 ? ` + ${settings.seeds - 1}` : ''
+      const about = [`${word('seed')} ${settings.seed}${more}`, `${word('rounds')} ${settings.runs}`]
       element.replaceChildren(title, make('small', '', about.join(', ')))
     }
   }
@@ -202,6 +203,7 @@ function tableSection() {
  */
 function columnsOf(report) {
   const hasPictures = report.variants.some(({ fidelity }) => fidelity && fidelity.ssim !== null)
+  const hasWorst = report.variants.some(({ worst }) => worst)
   const hasDecode = report.variants.some(({ decode_s }) => decode_s)
   return [
     { head: [word('variant')], of: nameCell },
@@ -211,18 +213,19 @@ function columnsOf(report) {
     { head: [word('memory'), 'MiB'], tip: report.memory_is, of: memoryCell },
     { head: [word('evaluations'), word('rows')], of: ({ evaluations, rows }) => [evaluations ?? '–', rows ?? ''] },
     hasPictures
-      ? { head: ['SSIM', 'PSNR'], of: pictureCell }
-      : { head: [word('latentError')], of: latentCell }
+      ? { head: ['SSIM', hasWorst ? word('worst') : 'PSNR'], of: pictureCell }
+      : { head: [word('latentError'), hasWorst ? word('worst') : ''], of: latentCell }
   ]
 }
 
 /** @param {Variant} variant @returns {Cell} */
-function nameCell({ name, methods }) {
+function nameCell({ name, methods, role }) {
   const settings = methods.map((method) => {
     const values = Object.entries(method.settings).map(([key, value]) => `${key} ${value}`)
     return `${method.title}: ${values.join(', ')}`
   })
-  return [name, methods.map(({ title }) => title).join(', ') || word('noMethods'), settings.join('\n')]
+  const none = word(role === 'rival' ? 'rival' : 'noMethods')
+  return [name, methods.map(({ title }) => title).join(', ') || none, settings.join('\n')]
 }
 
 /** @param {Variant} variant @returns {Cell} */
@@ -256,16 +259,18 @@ function memoryCell({ memory_mib }) {
 
 /** @param {Variant} variant @returns {Cell} */
 function pictureCell(variant) {
-  const { fidelity, role } = variant
+  const { fidelity, role, worst } = variant
   if (role === 'baseline' || !fidelity || fidelity.ssim === null) return ['–']
   const psnr = fidelity.psnr_db === null ? '∞ dB' : `${fidelity.psnr_db.toFixed(1)} dB`
-  const small = isSame(variant) ? word('identical') : psnr
+  const small = isSame(variant) ? word('identical') : worst ? worst.ssim.toFixed(4) : psnr
   return [fidelity.ssim.toFixed(4), small, `PSNR ${psnr}\n${word('latentError')} ${latentError(variant)}`]
 }
 
 /** @param {Variant} variant @returns {Cell} */
 function latentCell(variant) {
-  return [latentError(variant), isSame(variant) ? word('identical') : '']
+  const { worst } = variant
+  const small = worst ? worst.latent_error.toPrecision(3) : ''
+  return [latentError(variant), isSame(variant) ? word('identical') : small]
 }
 
 /** @param {Variant} variant */

@@ -102,7 +102,7 @@ function createPanel(node) {
     title.replaceChildren(report.title, make('small', '', `${word('floor')} ${report.metric} ${report.floor}`))
     chart.update(report)
     redraw()
-    foot.update(report)
+    foot.update({ ...report, notes: [...report.told, ...report.notes] })
   })
   return element
 }

@@ -18,9 +18,10 @@
  * @property {Record<string, number>} [totals] Counts of all of the prompt's own runs that are over.
  * @property {boolean} [isLast] Whether it is from a prompt before the current one.
  *
+ * @typedef {{ whose: string, verdict: Verdict }} Told A verdict on a node, and of which machine; '' for this server.
  * @typedef {{ state: State, text: string, isLast: boolean, instance: string, source: string }} Row One line on a node.
  *   `instance` names the subgraph node it comes through: the nodes of a subgraph that is used twice are the same objects.
- *   `source` is the execution id of the node whose line it is.
+ *   `source` is the execution id of the node whose line it is, and the machine's name before it.
  * @typedef {any} Node A LiteGraph node.
  * @typedef {object} Panel
  * @property {Node} node
@@ -134,6 +135,12 @@ const STYLE = `
  */
 export const details = new Map()
 
+/**
+ * Who else tells of nodes: asked at each drawing, by the open workflow's graph, for what gives the verdicts on a node.
+ * @type {Set<(root: any) => (id: string, type: string) => Told[]>}
+ */
+export const elsewhere = new Set()
+
 /** Called after the nodes were brought in line with the verdicts. @type {Set<() => void>} */
 export const afterDraw = new Set()
 
@@ -150,6 +157,8 @@ const sizes = new ResizeObserver((entries) => {
   for (const { target, borderBoxSize } of entries) fit(panelOfContent.get(target), borderBoxSize[0].blockSize)
 })
 
+/** The pack's, on this server; undefined before its first answer. @type {string | undefined} */
+export let version
 let isReady = false
 let widgetCount = 0
 let isDrawing = false
@@ -185,7 +194,9 @@ async function announce() {
 async function getLast(query) {
   const response = await api.fetchApi(`${ROUTE}?${new URLSearchParams(query)}`)
   if (!response.ok) return
-  for (const verdict of (await response.json()).verdicts) {
+  const answer = await response.json()
+  version = answer.version
+  for (const verdict of answer.verdicts) {
     const known = workflows.get(verdict.workflow_id)?.get(verdict.node_id)
     const isCurrent = known && !known.isLast
     if (!isCurrent) keep({ ...verdict, isLast: !verdict.lines.some((line) => line.state === 'running') })
@@ -194,7 +205,7 @@ async function getLast(query) {
 }
 
 /** Draws soon: at once, or after a pause, since prompts of hundreds of runs tell of each one. */
-function drawSoon() {
+export function drawSoon() {
   if (isDrawing) return
   isDrawing = true
   setTimeout(() => {
@@ -214,6 +225,7 @@ function draw() {
   if (!isReady) return
   const root = app.rootGraph ?? app.graph
   const verdicts = currentVerdicts()
+  const others = [...elsewhere].map((tellers) => tellers(root))
   /** @type {Map<Node, Row[]>} */
   const rows = new Map()
   /** @type {Map<Node, any>} */
@@ -226,13 +238,19 @@ function draw() {
       const isNodeOff = isOff || node.mode === MUTED || node.mode === BYPASSED
       if (!rows.has(node)) rows.set(node, [])
 
-      const verdict = verdicts.get(id)
-      if (verdict?.isLast && isNodeOff) verdicts.delete(id)
-      else if (verdict && verdict.node_type === (node.comfyClass ?? node.type)) {
-        records.set(node, verdict.record)
+      const type = node.comfyClass ?? node.type
+      const own = verdicts.get(id)
+      if (own?.isLast && isNodeOff) verdicts.delete(id)
+      /** @type {Told[]} */
+      const told = others.flatMap((tell) => tell(id, type)).filter(({ verdict }) => !(verdict.isLast && isNodeOff))
+      if (own?.node_type === type && verdicts.has(id)) {
+        records.set(node, own.record)
+        told.unshift({ whose: '', verdict: own })
+      }
+      for (const { whose, verdict } of told) {
         for (const line of verdict.lines) {
-          const text = textOf(verdict, line)
-          const row = { state: line.state, isLast: Boolean(verdict.isLast), source: id }
+          const text = [whose, textOf(verdict, line)].filter(Boolean).join(': ')
+          const row = { state: line.state, isLast: Boolean(verdict.isLast), source: `${whose} ${id}` }
           rows.get(node).push({ ...row, text, instance: instanceOf(prefix, enclosing) })
           enclosing.forEach((host, depth) => {
             const instance = instanceOf(id.split(':').slice(0, depth).join(':'), enclosing.slice(0, depth))

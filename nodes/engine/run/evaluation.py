@@ -39,11 +39,15 @@ class Now:
         self._steps = steps
         self._most = 0
 
-    def begin_evaluation(self, latent: torch.Size, timestep: torch.Tensor) -> Evaluation:
-        """The sampler asks for a prediction of a latent at a noise level, which is read from the device here alone."""
+    def begin_evaluation(self, latent: torch.Size, timestep: torch.Tensor, devices: int) -> Evaluation:
+        """The sampler asks for a prediction of a latent at a noise level, which is read from the device here alone.
+
+        Args:
+            devices: on how many the host samples.
+        """
         sigma = float(timestep.flatten()[0])
         step = self._steps.at(sigma, self.record.step)
-        self.evaluation = Evaluation(step, sigma)
+        self.evaluation = Evaluation(step, sigma, devices=devices)
         self.latent = latent
         self.timestep = timestep
         self.occurrences.clear()
@@ -55,7 +59,7 @@ class Now:
         """The same evaluation is made once more. What went through the network stays counted."""
         before = self.evaluation
         assert before is not None
-        self.evaluation = Evaluation(before.step, before.sigma, is_again=True)
+        self.evaluation = Evaluation(before.step, before.sigma, is_again=True, devices=before.devices)
         self.occurrences.clear()
         self.occurrences_of_conditions.clear()
         return self.evaluation
@@ -67,10 +71,11 @@ class Now:
         self.record.full_predictions = self._most * self.record.evaluations
         self.record.reused += self.evaluation.is_cached
 
-    def count_call(self, conditions: int) -> None:
-        """A batch of conditions goes through the network."""
+    def count_call(self, conditions: int, model: Hashable) -> None:
+        """A batch of conditions goes through the network: through one of its copies, if it has several."""
         with self.lock:
             self.record.model_calls += 1
             self.record.predictions += conditions
             if self.evaluation is not None:
                 self.evaluation.predictions += conditions
+                self.evaluation.working.add(model)

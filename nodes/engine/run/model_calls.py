@@ -39,7 +39,7 @@ class ModelCalls:
         kwargs: dict[str, Any],
     ) -> Any:  # fmt: skip
         """One call, counted, with the methods around it. The arguments are those of the host's wrapper."""
-        self._now.count_call(len(options.get("cond_or_uncond", (0,))))
+        self._now.count_call(len(options.get("cond_or_uncond", (0,))), id(executor.class_obj))
         host_model, now_given = self._host_model(executor.class_obj), lambda: options
         if host_model is not None:
             from ..model.model_call import HostModelCall

@@ -243,7 +243,8 @@ class SamplingRun:
         model_options: dict[str, Any],
         seed: int | None = None,
     ) -> torch.Tensor:
-        evaluation = self.now.begin_evaluation(x.shape, timestep)
+        devices = len(self.guider.model_options.get("multigpu_clones", ())) or 1
+        evaluation = self.now.begin_evaluation(x.shape, timestep, devices)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, evaluation.sigma)
         while True:
             around = self.around_evaluation

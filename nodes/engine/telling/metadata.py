@@ -4,6 +4,9 @@ The host hands all nodes of a prompt one dict, `extra_pnginfo`, and SaveImage an
 files. The server shows us each prompt before it is queued: that is where the dict is reached. The runs of a sampler go
 into that of its own prompt and of every other one that waits with the same sampler and the same nodes before it, since
 the host's cache may answer for these, and nothing of ours runs then. So they are also kept for prompts to come.
+
+Where a prompt is shown without that dict (an API client sends none; ComfyUI-Distributed makes one afterwards), the
+prompt itself has them, which is written into the files too: each sampler's node in its `_meta`, free for anything.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from . import verdicts
 logger = logging.getLogger(__name__)
 
 INFO = "extra_pnginfo"
+META = "_meta"
 OURS = "Slipstream"
 """What the type of every node of ours begins with."""
 KEPT = 1000
@@ -71,6 +75,41 @@ class Metadata(dict[str, Any]):
             self.pop(KEY, None)
 
 
+class Graph(dict[str, Any]):
+    """A prompt's nodes by id, in the place of a `Metadata` where there is none; held weakly too.
+
+    Args:
+        graph: what the client sent; the host may yet replace some.
+    """
+
+    def __init__(self, graph: dict[str, dict[str, Any]]):
+        # Who sends a file's prompt again sends the runs of that file.
+        super().__init__({node: _with_meta(entry, None) for node, entry in graph.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    @cached_property
+    def nodes(self) -> dict[str, list[str]]:
+        """The ids of its nodes by signature."""
+        return _by_signature(self)
+
+    def put(self, nodes: list[str], sampler: dict[str, Any] | None) -> None:
+        """What a sampler did, for each of its nodes; None takes it away."""
+        for node in nodes:
+            # A new entry each time, since another thread may be writing the old one into a file.
+            self[node] = _with_meta(self[node], sampler and {**machine.versions(), **sampler})
+
+
+def _with_meta(entry: Any, told: dict[str, Any] | None) -> Any:
+    """A node of a prompt whose `_meta` has this of ours, and nothing else of ours."""
+    meta = entry.get(META) if isinstance(entry, dict) else None
+    others = {name: value for name, value in meta.items() if name != KEY} if isinstance(meta, dict) else {}
+    if told is not None:
+        return {**entry, META: {**others, KEY: told}}
+    return {**entry, META: others} if isinstance(meta, dict) and KEY in meta else entry
+
+
 @dataclass
 class Sampler:
     """The last runs of a sampler node.
@@ -100,7 +139,7 @@ class Sampler:
 
 
 _kept: OrderedDict[str, Sampler] = OrderedDict()
-_prompts: WeakValueDictionary[int, Metadata] = WeakValueDictionary()
+_prompts: WeakValueDictionary[int, Metadata | Graph] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -137,10 +176,10 @@ def _set(where: verdicts.Prompt, key: Hashable, run: dict[str, Any] | None) -> N
                 _kept.pop(signature, None)
             else:
                 sampler.put(key, run or {})
-            for metadata in list(_prompts.values()):
-                nodes = metadata.nodes.get(signature)
+            for place in list(_prompts.values()):
+                nodes = place.nodes.get(signature)
                 if nodes:
-                    metadata.put(nodes, None if sampler is None else sampler.as_dict())
+                    place.put(nodes, None if sampler is None else sampler.as_dict())
     except Exception:
         logger.warning("Slipstream: the plan could not be put into the images' metadata", exc_info=True)
 
@@ -163,16 +202,19 @@ def on_prompt(data: dict[str, Any]) -> dict[str, Any]:
         return data
     extra = data.get("extra_data") or {}
     info = extra.get(INFO)
-    # A client of the API may send none, or anything. Then it gets none: other packs' nodes take its being there for a
-    # sign that the page sent the prompt, with its workflow.
+    place: Metadata | Graph
     if isinstance(info, dict):
-        metadata = extra[INFO] = Metadata(info, graph)
-        # Not `metadata.nodes`: the host may yet replace some.
-        nodes = _by_signature(graph)
-        with _lock:
-            for signature in nodes.keys() & _kept.keys():
-                metadata.put(nodes[signature], _kept[signature].as_dict())
-            _prompts[id(metadata)] = metadata
+        place = extra[INFO] = Metadata(info, graph)
+    else:
+        # It gets none from us: other packs' nodes take its being there for a sign that the page sent the prompt, with
+        # its workflow.
+        place = data["prompt"] = Graph(graph)
+    # Not `place.nodes`: the host may yet replace some.
+    nodes = _by_signature(graph)
+    with _lock:
+        for signature in nodes.keys() & _kept.keys():
+            place.put(nodes[signature], _kept[signature].as_dict())
+        _prompts[id(place)] = place
     return data
 
 

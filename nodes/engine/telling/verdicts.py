@@ -18,6 +18,7 @@ from typing import Any
 from comfy_execution.utils import get_executing_context
 
 from ...methods.method import State
+from ..host import machine
 from ..plan.plan import Node
 from ..plan.record import Record
 from .folding import Folded, LineState, Told
@@ -311,7 +312,8 @@ def _adopt(where: Prompt) -> None:
 
 
 def add_routes() -> None:
-    """Serve the last verdicts. Asking for them is how a client says that our script is loaded."""
+    """Serve the last verdicts, and the pack's version. Asking for them is how a client of this server says that our
+    script is loaded; the page of another server, whose worker this one is, asks without a name."""
     server = host_server()
     # A second copy of the pack: the host would not start with two routes of one path.
     if server is None or any(getattr(route, "path", None) == ROUTE for route in server.routes):
@@ -327,4 +329,5 @@ def add_routes() -> None:
             if client is not None and client in server.sockets:
                 _clients.intersection_update(server.sockets)
                 _clients.add(client)
-            return web.json_response({"verdicts": [verdict.as_dict() for verdict in _kept.values()]})
+            told = [verdict.as_dict() for verdict in _kept.values()]
+        return web.json_response({"version": machine.versions()["slipstream"], "verdicts": told})

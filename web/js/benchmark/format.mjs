@@ -17,7 +17,7 @@ const STRINGS = {
   en: {
     seed: 'seed', rounds: 'rounds', variant: 'variant', time: 'time', range: 'min to max', speed: 'speed',
     interval: '95 % interval', decode: 'decode', memory: 'memory', evaluations: 'evaluations', rows: 'rows',
-    latentError: 'latent error', identical: 'identical', noMethods: 'no methods', firstRun: 'first run',
+    latentError: 'latent error', identical: 'identical', noMethods: 'no methods', rival: 'without Slipstream', firstRun: 'first run',
     loaded: 'weights loaded in', compiled: 'graphs compiled:', recompiled: 'compiled again in the measured runs:',
     runTimes: 'Time of each run, with median', stepTimes: 'Time of each step, median of the runs', median: 'median',
     round: 'round', step: 'step', noCharts: 'The chart could not be drawn: its library did not load.',
@@ -33,7 +33,7 @@ const STRINGS = {
   zh: {
     seed: '种子', rounds: '轮数', variant: '方案', time: '耗时', range: '最小至最大', speed: '速度', interval: '95 % 区间',
     decode: '解码', memory: '内存', evaluations: '评估次数', rows: '行数', latentError: '潜变量误差', identical: '完全相同',
-    noMethods: '无优化方法', firstRun: '首次运行', loaded: '权重加载', compiled: '编译图数：', recompiled: '测量期间重新编译：',
+    noMethods: '无优化方法', rival: '不用 Slipstream', firstRun: '首次运行', loaded: '权重加载', compiled: '编译图数：', recompiled: '测量期间重新编译：',
     runTimes: '每次运行的耗时与中位数', stepTimes: '每一步的耗时（各次运行的中位数）', median: '中位数', round: '轮次', step: '步',
     noCharts: '无法绘制图表：图表库未能加载。', pictures: '图像对比', wipe: '滑动对比', flip: '切换对比', difference: '差异',
     amplified: '差异（已放大）', flipHint: '点击切换，按住暂看', copy: '复制为 Markdown', copied: '已复制', notCopied: '复制失败',
