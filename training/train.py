@@ -20,9 +20,9 @@ WEIGHTS = Path(__file__).parents[1] / "weights" / "slipstream-demo.safetensors"
 TRANSFORMER = WEIGHTS.with_stem("slipstream-demo-transformer")
 JUDGE = Path(__file__).with_name("judge.safetensors")
 
-STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "transformer": 4000, "judge": 1200}
+STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "transformer": 4000, "finished": 500, "judge": 1200}
 """How long each stage takes."""
-SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "transformer": 4, "judge": 3_000_000}
+SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "transformer": 4, "finished": 5, "judge": 3_000_000}
 """Far apart, so that no two stages see the same picture."""
 
 
@@ -75,11 +75,11 @@ def train(folder: Path, weights: Path, transformer: Path, judge: Path, device: A
     learned = stage("denoiser", denoiser)
     export(weights, taesd, learned, latents, deviation)
 
-    def over_the_same_words() -> dict[str, torch.Tensor]:
-        words, seed = learned["words.weight"], SEEDS["transformer"]
-        return flow.train(latents / deviation, choices, words, steps["transformer"], device, seed).state_dict()
+    def over_the_same_words(name: str, before: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        given = latents / deviation, choices, learned["words.weight"]
+        return stage(name, lambda: flow.train(*given, steps[name], device, SEEDS[name], before).state_dict())
 
-    export_transformer(transformer, stage("transformer", over_the_same_words))
+    export_transformer(transformer, over_the_same_words("finished", over_the_same_words("transformer")))
     save(stage("judge", lambda: judging.train(steps["judge"], device, SEEDS["judge"]).state_dict()), judge)
 
 

@@ -2,14 +2,15 @@
 
 ComfyUI's own AuraFlow transformer in small: flow matching (Lipman et al. 2023, https://arxiv.org/abs/2210.02747) along
 straight lines from picture to noise, with AuraFlow's shift, so that most training goes where most of sampling goes.
-Most of it sees latents of half the size, at a quarter of the cost: where things stand is learned there, and
-how they look afterwards. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
+Most of it sees latents of half the size, at a quarter of the cost: where things stand is learned there, and how they
+look afterwards; what is rare, such as the latents' edges, at last, by rates that only fall. Matrices are trained by
+Muon (https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.ops
@@ -40,7 +41,7 @@ SMALL = 0.7
 """The share of the steps that see latents of half the size."""
 BATCH = 32
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 5e-3, 3e-3, 1e-2
-WARM_UP, COOL_DOWN = 0.03, 0.5
+WARM_UP, COOL_DOWN, GOING_ON = 0.03, 0.5, 0.5
 EMA = 0.997
 DEVIATION = 0.02
 """Of the weights at first."""
@@ -91,22 +92,26 @@ def train(
     steps: int,
     device: torch.device,
     seed: int = 0,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> Transformer:
-    """Train the transformer.
+    """Train the transformer, or go on with one.
 
     Args:
         latents: (N, 4, 32, 32), of zero mean and unit variance, more or less.
         choices: (N, attributes), their scenes'.
         words: (words, WIDTH), the embedding that the UNet was trained with; it stays.
-        steps: Batches of BATCH latents, the first of half their size.
+        steps: Batches of BATCH latents, the first of half their size unless one goes on.
         device: Where to train.
         seed: Of the weights, the noise and the order.
+        learned: The weights to go on with, at rates that only fall.
 
     Returns:
         The exponential moving average of the model, in float32 on `device`.
     """
     model = Transformer()
     model.initialize(seed)
+    if learned is not None:
+        model.load_state_dict(learned)
     model.to(device)
     averaged = copy.deepcopy(model).requires_grad_(False)
     words = words.to(device, torch.float32)
@@ -115,12 +120,14 @@ def train(
     small = avg_pool2d(latents.float(), 2)
     small = small / small.std()
     optimizers = model.optimizers()
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate(steps)) for optimizer in optimizers]
-    progress = Progress("transformer", steps, lines=60)
+    at = rate(steps) if learned is None else falling(steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, at) for optimizer in optimizers]
+    progress = Progress("transformer" if learned is None else "transformer, finished", steps, lines=60)
+    first_full = SMALL * steps if learned is None else 0
     scenes = choices.tolist()
     for step in range(steps):
         picked = torch.randint(len(latents), (BATCH,), generator=generator)
-        clean = (small if step < SMALL * steps else latents)[picked].float()
+        clean = (small if step < first_full else latents)[picked].float()
         is_flipped = torch.rand(BATCH, 1, 1, 1, generator=generator) < FLIPPED
         clean = torch.where(is_flipped, clean.flip(-1), clean).to(device)
         # One time from each part of the schedule: the same mean with less scatter.
@@ -154,3 +161,8 @@ def rate(steps: int) -> Callable[[int], float]:
         return min(1.0, (step + 1) / (WARM_UP * steps), (steps - step) / (COOL_DOWN * steps))
 
     return at
+
+
+def falling(steps: int) -> Callable[[int], float]:
+    """Rates for one that goes on: from a share of the even ones down to nothing."""
+    return lambda step: GOING_ON * min(1.0, (step + 1) / (WARM_UP * steps)) * (steps - step) / steps

@@ -22,7 +22,7 @@ import transformer
 import vocabulary
 
 CPU = torch.device("cpu")
-STEPS = {"autoencoder": 7, "pictures": 4, "denoiser": 2, "transformer": 3, "judge": 2}
+STEPS = {"autoencoder": 7, "pictures": 4, "denoiser": 2, "transformer": 3, "finished": 2, "judge": 2}
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,26 @@ def test_the_transformer_is_the_hosts_and_reads_half_the_size_by_the_same_places
 def test_the_rate_warms_up_stays_and_cools_down():
     at = transformer.rate(1000)
     assert [round(at(step), 3) for step in (0, 14, 29, 400, 500, 750, 999)] == [0.033, 0.5, 1, 1, 1, 0.5, 0.002]
+
+
+def test_one_that_goes_on_is_trained_at_full_size_by_rates_that_only_fall(monkeypatch):
+    sizes = []
+    forward = transformer.Transformer.forward
+
+    def seen(self, x, *args):
+        sizes.append(x.shape[-1])
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(transformer.Transformer, "forward", seen)
+    given = torch.randn(2, 4, 16, 16), torch.zeros(2, 8, dtype=torch.long)
+    words = torch.randn(len(vocabulary.WORDS), vocabulary.WIDTH)
+    first = transformer.train(*given, words, 4, CPU)
+    assert sizes == [8, 8, 8, 16]
+    weights = {name: value.clone() for name, value in first.state_dict().items()}
+    after = transformer.train(*given, words, 2, CPU, learned=weights).state_dict()
+    assert sizes[4:] == [16, 16]
+    name = "single_layers.0.attn.w1q.weight"
+    assert 0 < (after[name] - weights[name]).norm() < 0.1 * weights[name].norm()
+    rates = [transformer.falling(100)(step) for step in (0, 2, 50, 99)]
+    assert rates[0] < rates[1] > rates[2] > rates[3] > 0
+    assert rates[1] < transformer.rate(100)(50)
