@@ -164,7 +164,7 @@ class CFGCutoffRun(MethodRun):
             would_be = self.guided_predictions or guidance.conditions
             self.saved += max(0, would_be - evaluation.predictions)
             self.still_evaluated = max(self.still_evaluated, evaluation.predictions)
-            if evaluation.devices > len(evaluation.working):
+            if 0 < len(evaluation.working) < evaluation.devices:
                 self.idle = evaluation.devices - len(evaluation.working), evaluation.devices
             if is_alone:
                 self._note_alone(evaluation, is_before)
