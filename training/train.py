@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights" / "slipstream-demo.safetensors"
 TRANSFORMER = WEIGHTS.with_stem("slipstream-demo-transformer")
 JUDGE = Path(__file__).with_name("judge.safetensors")
 
-STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "transformer": 4000, "finished": 500, "judge": 1200}
+STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "transformer": 4000, "finished": 300, "judge": 1200}
 """How long each stage takes."""
 SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "transformer": 4, "finished": 5, "judge": 3_000_000}
 """Far apart, so that no two stages see the same picture."""

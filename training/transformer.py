@@ -3,7 +3,7 @@
 ComfyUI's own AuraFlow transformer in small: flow matching (Lipman et al. 2023, https://arxiv.org/abs/2210.02747) along
 straight lines from picture to noise, with AuraFlow's shift, so that most training goes where most of sampling goes.
 Most of it sees latents of half the size, at a quarter of the cost: where things stand is learned there, and how they
-look afterwards; what is rare, such as the latents' edges, at last, by rates that only fall. Matrices are trained by
+look afterwards; at last, by rates that only fall, how the latents' edges are. Matrices are trained by
 Muon (https://kellerjordan.github.io/posts/muon/), the rest by AdamW.
 """
 
@@ -46,7 +46,8 @@ EMA = 0.997
 DEVIATION = 0.02
 """Of the weights at first."""
 FLIPPED = 0.5
-"""How often a picture is mirrored: no word says where in it a thing is."""
+"""How often a latent is mirrored: no word says where in it a thing is. Its edges are then another picture's, since the
+VAE's are no mirror images of each other: what goes on is trained without."""
 
 
 class Transformer(MMDiT):
@@ -128,7 +129,7 @@ def train(
     for step in range(steps):
         picked = torch.randint(len(latents), (BATCH,), generator=generator)
         clean = (small if step < first_full else latents)[picked].float()
-        is_flipped = torch.rand(BATCH, 1, 1, 1, generator=generator) < FLIPPED
+        is_flipped = torch.rand(BATCH, 1, 1, 1, generator=generator) < (FLIPPED if learned is None else 0)
         clean = torch.where(is_flipped, clean.flip(-1), clean).to(device)
         # One time from each part of the schedule: the same mean with less scatter.
         time = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
