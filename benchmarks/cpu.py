@@ -35,14 +35,25 @@ STEPS = 20
 """Of which the first is run."""
 STOCK = "ComfyUI"
 OFF = {"winograd": "off", "bf16": False, "sdpa": False}
-VARIANTS: dict[str, dict[str, Any]] = {
+COMPILED = {"backend": {"backend": "inductor"}}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     STOCK: {},
-    "SlipstreamCPU": {"winograd": "auto", "bf16": True, "sdpa": True},
-    "winograd alone": {**OFF, "winograd": "auto"},
-    "bf16 alone": {**OFF, "bf16": True},
-    "sdpa alone": {**OFF, "sdpa": True},
-    "winograd and sdpa": {**OFF, "winograd": "auto", "sdpa": True},
+    "SlipstreamCPU": {"SlipstreamCPU": {}},
+    "SlipstreamCPU, filters in 1024 MiB": {"SlipstreamCPU": {"filters_mib": 1024}},
+    "SlipstreamCPU, filters in 512 MiB": {"SlipstreamCPU": {"filters_mib": 512}},
+    "winograd alone": {"SlipstreamCPU": {**OFF, "winograd": "auto"}},
+    "bf16 alone": {"SlipstreamCPU": {**OFF, "bf16": True}},
+    "sdpa alone": {"SlipstreamCPU": {**OFF, "sdpa": True}},
+    "winograd and sdpa": {"SlipstreamCPU": {**OFF, "winograd": "auto", "sdpa": True}},
+    "SlipstreamCPU, Compile Model": {"SlipstreamCPU": {}, "SlipstreamCompileModel": COMPILED},
+    "SlipstreamCPU, Quantize Model": {"SlipstreamCPU": {}, "SlipstreamQuantize": {}},
+    "SlipstreamCPU, Quantize Model, Compile Model": {
+        "SlipstreamCPU": {},
+        "SlipstreamQuantize": {},
+        "SlipstreamCompileModel": COMPILED,
+    },
 }
+"""The nodes of each, with their settings. Quantize Model's are int8 dynamic."""
 WHOLE: dict[str, dict[str, dict[str, Any]]] = {
     STOCK: {},
     "SlipstreamCPU": {"SlipstreamCPU": {}},
@@ -81,9 +92,7 @@ def measure_size(model: Any, size: int, arguments: argparse.Namespace) -> dict[s
         result = hosted.sample(patcher, *prompts, steps=STEPS, cfg=7.5, image=latent, **more)
         return time.perf_counter() - began, result
 
-    table = (
-        WHOLE if arguments.whole else {name: {"SlipstreamCPU": one} if one else {} for name, one in VARIANTS.items()}
-    )
+    table = WHOLE if arguments.whole else VARIANTS
     chosen = {name: nodes for name, nodes in table.items() if name in (STOCK, *(arguments.only or table))}
     patchers = dict.fromkeys(chosen, model)
     for name, nodes in chosen.items():

@@ -41,6 +41,7 @@ PARTS = (
     Part("vae", "What it gives: the VAE", 25),
     Part("transformer", "What it gives: a transformer", 47),
     Part("offload", "Sequential Offload", 18),
+    Part("sparse", "2:4 sparse weights", 15),
     Part("sync", "What reading the noise level costs", 8),
 )
 """The most important first."""
@@ -72,6 +73,18 @@ BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 dynamic", "fp8 weight-only")
 ON_GPUS = ("fp8 dynamic",)
 """What a CPU has no instructions for."""
+
+SPARSE = {"scheme": "2:4 sparse", "min_features": 0, "sparse_error": 1.0}
+"""Every layer that can be pruned: random weights bear no bound."""
+
+PRODUCTS = {
+    "SDXL's attention": (2048, 1280, 1280),
+    "SDXL's feed-forward": (2048, 1280, 10240),
+    "Flux's feed-forward": (4608, 3072, 12288),
+}
+"""Of linear layers: tokens of a guided evaluation at 1024x1024, inputs, outputs."""
+REPEATS = 50
+"""A product takes less than can be timed."""
 
 QUANTIZED = 0.2
 """The same for quantized weights, on random ones, and for attention in eight bits."""
@@ -311,6 +324,11 @@ def _quantize(bench: Any, prefix: str, dtype: Any, bound: float) -> None:
         with bench.trying(f"{prefix}{scheme}"):
             image = hosted.sample(with_nodes(model, ("Quantize", {"scheme": scheme, "min_features": 0})))
             held(bench, f"{prefix}{scheme}", relative(image, expected), QUANTIZED)
+    with bench.trying(f"{prefix}2:4 sparse"):
+        images = [hosted.sample(with_nodes(model, ("Quantize", SPARSE))) for _ in range(2)]
+        is_held = torch.equal(*images) and not torch.equal(images[0], expected) and torch.isfinite(images[0]).all()
+        figure = {"error": relative(images[0], expected), "holds": bool(is_held), "verdict": verdict("1")}
+        bench.keep(f"{prefix}2:4 sparse, twice the same bits", figure)
     bench.keep(f"{prefix}weights are back", {"holds": torch.equal(hosted.sample(model), expected)})
 
 
@@ -678,6 +696,67 @@ def offload(bench: Any) -> None:
         Variant(f"{budget} MiB", sampling(("SequentialOffload", {"budget_mib": budget})), 5) for budget in budgets
     ]
     compare(bench, variants, 1, "all of it")
+
+
+def sparse(bench: Any) -> None:
+    """Single products by kernels for 2:4 sparse weights, and a few of Flux's blocks by them: what they gain, and what
+    pruning costs a run of 12 steps. No more is pruned where a bound holds."""
+    import hosted
+    import small_models
+    import torch
+    from compile import flux, flux_prompt, random_model
+
+    dtype = torch.float16 if is_cuda() else torch.float32
+    method = hosted.method("semi_structured")
+    why = method.lacks_kernels(device(), dtype)
+    for name, sides in PRODUCTS.items():
+        if why is not None:
+            bench.leave_out(name, why)
+            continue
+        tokens, features, out = (side // 16 for side in sides) if bench.is_tiny else sides
+        weight, x = torch.randn(out, features, device=device()), torch.randn(tokens, features, device=device())
+        dense = method.magnitudes(weight, method.Inputs(features, device())).to(dtype)
+        given = x.to(dtype)
+
+        def times(weight: Any, x: Any = given) -> Callable[[], Any]:
+            def run() -> Any:
+                for _ in range(REPEATS):
+                    y = torch.nn.functional.linear(x, weight)
+                return y
+
+            return run
+
+        def as_it_is(dense: Any = dense, times: Any = times) -> Any:
+            return times(dense)
+
+        def packed(dense: Any = dense, times: Any = times) -> Any:
+            return times(method.packed(dense))
+
+        with torch.inference_mode():
+            variants = [Variant(name, as_it_is, 0.5), Variant(f"{name}, 2:4", packed, 0.5)]
+            compare(bench, variants, 3, name)
+    config = flux(bench.is_tiny)
+    in_small = bench.is_tiny and small_models.build(config, 0, torch.bfloat16, device())
+    model = in_small or random_model(config, torch.bfloat16)
+    prompt = flux_prompt(model, 64)
+    size = 8 if bench.is_tiny else 128
+    latent = torch.zeros(1, 16, size, size)
+
+    def sampling(*nodes: tuple[str, Mapping[str, Any]]) -> Any:
+        def make() -> Callable[[], Any]:
+            patcher = with_nodes(model, *nodes)
+            return lambda: hosted.sample(patcher, prompt, prompt, steps=12, cfg=1.0, scheduler="simple", image=latent)
+
+        return make
+
+    compiled = ("CompileModel", {"backend": {"backend": "eager" if bench.is_tiny else "inductor"}})
+    variants = [
+        Variant("Flux's blocks", sampling(), 2),
+        Variant("Flux's blocks, 2:4 sparse", sampling(("Quantize", SPARSE)), 3),
+        Variant("Flux's blocks, Compile Model and 2:4 sparse", sampling(compiled, ("Quantize", SPARSE)), 15),
+    ]
+    compare(bench, variants, 1 if bench.is_tiny else 2, "Flux's blocks")
+    bench.keep("2:4 sparse, its verdict", verdict("2" if bench.is_tiny else "1"))
 
 
 def sync(bench: Any) -> None:

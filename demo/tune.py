@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import DEMO_POSITIVE, NEGATIVE, POSITIVE, Graph, Prompt, measure, started
+from bench import DEMO_PIXELS, DEMO_POSITIVE, GPU_PIXELS, NEGATIVE, POSITIVE, Graph, Prompt, measure, started
 from tune_options import add_options
 from workspace import run_program
 
@@ -23,16 +23,21 @@ DEMO_PROMPTS = (DEMO_POSITIVE, "winter day, cloudy sky, mountains, a lake, trees
 MOST = 5
 
 
-def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argparse.Namespace) -> Prompt:
-    """The search as an API prompt.
+def texts(arguments: argparse.Namespace, checkpoint: str | None) -> tuple[list[str], str]:
+    """The prompts, and the negative one of all of them.
 
     Raises:
         RuntimeError: there are more prompts than the node takes.
     """
-    prompts = arguments.prompt or (PROMPTS if checkpoint else DEMO_PROMPTS)
+    prompts = list(arguments.prompt or (PROMPTS if checkpoint else DEMO_PROMPTS))
     if len(prompts) > MOST:
         raise RuntimeError(f"--prompt should be given at most {MOST} times, but is given {len(prompts)} times")
-    negative = arguments.negative if arguments.negative is not None else NEGATIVE if checkpoint else ""
+    return prompts, arguments.negative if arguments.negative is not None else NEGATIVE if checkpoint else ""
+
+
+def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argparse.Namespace) -> Prompt:
+    """The search as an API prompt."""
+    prompts, negative = texts(arguments, checkpoint)
     graph = Graph(nodes)
     loader = graph.loader(checkpoint)
     wired: dict[str, Any] = {"model": [loader, 0], "vae": [loader, 2]}
@@ -47,6 +52,30 @@ def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argpa
     return graph.prompt
 
 
+def on_cluster(arguments: argparse.Namespace, output: Path, user: Path) -> None:
+    """The same on a Ray cluster: a report for each kind of device."""
+    from tune_ray import tune_on_cluster
+
+    name = arguments.checkpoint.name if arguments.checkpoint else None
+    arguments.size = arguments.size or (GPU_PIXELS if name else DEMO_PIXELS)
+
+    def show(report: dict[str, Any], saved: Path | None) -> None:
+        print("\n" + report["markdown"])
+        if saved is not None:
+            (output / "plans").mkdir(exist_ok=True)
+            print(shutil.copyfile(saved, output / "plans" / saved.name))
+
+    reports = tune_on_cluster(arguments, user, *texts(arguments, name), show)
+    if arguments.json:
+        data = [{key: value for key, value in report.items() if key != "markdown"} for report in reports]
+        arguments.json.write_text(json.dumps(data if len(data) > 1 else data[0], indent=1) + "\n", encoding="utf-8")
+        print(arguments.json)
+    if any(report["status"] == "failed" for report in reports):
+        raise RuntimeError("; ".join(f"the search failed: {one['reason']}" for one in reports if one["reason"]))
+    if any(report["status"] == "interrupted" for report in reports):
+        sys.exit(130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="slipstream tune")
     parser.add_argument("--comfyui", type=Path, required=True)
@@ -58,6 +87,10 @@ def main() -> None:
     output = arguments.output.absolute()
     user = output / "user"
     user.mkdir(parents=True, exist_ok=True)
+
+    if arguments.ray:
+        on_cluster(arguments, output, user)
+        return
 
     with contextlib.ExitStack() as stack:
         server, name = started(stack, arguments, output, "--user-directory", str(user))

@@ -41,4 +41,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for plans and what was measured (default: the cache folder)"
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the trials on a Ray cluster, a worker a GPU or machine; each needs ComfyUI and requirements-ray.txt",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")

@@ -2,7 +2,7 @@ from comfy_api.latest import io
 
 from .engine import model_node, option
 from .engine.cpu import speed_up
-from .methods.winograd import FORMS
+from .methods.winograd import FORMS, MOST_MIB
 
 OFF = "off"
 
@@ -47,9 +47,24 @@ class SlipstreamCPU(io.ComfyNode):
                     default=True,
                     tooltip="torch's own attention, in the place of the one in slices that ComfyUI takes on a CPU.",
                 ),
+                option(
+                    io.Int,
+                    "filters_mib",
+                    default=0,
+                    min=0,
+                    max=MOST_MIB,
+                    step=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The most memory that winograd's filters may take, in MiB. What does not fit runs as the next "
+                        "faster variant that does, or as ComfyUI's own. 0 is half of what was free when ComfyUI first "
+                        "made some."
+                    ),
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, winograd, bf16, sdpa):
-        return speed_up(cls, model, None if winograd == OFF else winograd, bf16, sdpa)
+    def execute(cls, model, winograd, bf16, sdpa, filters_mib=0):
+        return speed_up(cls, model, None if winograd == OFF else winograd, bf16, sdpa, filters_mib)

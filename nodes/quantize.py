@@ -13,7 +13,8 @@ class SlipstreamQuantize(io.ComfyNode):
             description=(
                 "The weights of the diffusion model's linear layers in eight bits, by torchao: a quarter of fp32's "
                 "memory, half of fp16's, and faster where the device multiplies in eight bits. For any model; LoRA is "
-                "merged first and followed. Goes with Compile Model, which most schemes need to be faster."
+                "merged first and followed. Goes with Compile Model, which most schemes need to be faster. Or 2:4 "
+                "sparse: half of the weights zero."
             ),
             aliases=["torchao", "int8", "fp8", "float8", "quantization", "w8a8", "memory", "vram", "faster"],
             options=[
@@ -25,7 +26,9 @@ class SlipstreamQuantize(io.ComfyNode):
                     tooltip=(
                         "dynamic: activations are quantized too, and multiplied in eight bits: faster. weight-only: "
                         "multiplies as before: less memory, closer to the original. fp8 dynamic needs an NVIDIA GPU of "
-                        "compute capability 8.9 (RTX 40) or newer, or another one that multiplies in fp8."
+                        "compute capability 8.9 (RTX 40) or newer, or another one that multiplies in fp8. 2:4 sparse: "
+                        "half of each layer's weights are left out, the rest corrected by what the first step of the "
+                        "run shows; faster on NVIDIA GPUs from RTX 30 on at best, and far from exact: see the help."
                     ),
                 ),
                 option(
@@ -59,9 +62,39 @@ class SlipstreamQuantize(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                option(
+                    io.Float,
+                    "sparse_error",
+                    default=0.05,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=0.001,
+                    optional=True,
+                    tooltip="2:4 sparse: layers whose outputs would lose more than this, relative to them, stay whole.",
+                    advanced=True,
+                ),
+                option(
+                    io.Float,
+                    "sparse_share",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    optional=True,
+                    tooltip=(
+                        "2:4 sparse: the most of the layers' multiplications to prune, those first that save most for "
+                        "what they lose."
+                    ),
+                    advanced=True,
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, scheme, min_features, skip, offload_originals):
-        return add(cls, model, Quantize(scheme, min_features, skip, offload_originals))
+    def execute(
+        cls, model, scheme, min_features, skip, offload_originals, sparse_error=0.05, sparse_share=1.0
+    ):  # fmt: skip
+        config = Quantize(scheme, min_features, skip, offload_originals, sparse_error, sparse_share)
+        return add(cls, model, config)

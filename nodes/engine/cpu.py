@@ -11,7 +11,9 @@ from .node import pass_through, suggest
 from .plan import models, registry
 
 
-def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: bool, sdpa: bool) -> io.NodeOutput:
+def speed_up(
+    node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: bool, sdpa: bool, filters_mib: int = 0
+) -> io.NodeOutput:
     """The node's output.
 
     Args:
@@ -21,6 +23,7 @@ def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: b
         bf16: compute in bfloat16 where the processor has it. With Winograd's convolutions, the transformers only: they
             are as fast in float32, and lose nothing.
         sdpa: torch's own attention in the place of the host's.
+        filters_mib: the most memory for Winograd's filters, in MiB; 0 for half of what was to spare.
 
     Raises:
         ValueError: another node that adds several methods suggests one with other settings.
@@ -30,7 +33,7 @@ def speed_up(node: type[io.ComfyNode], model: Any, winograd: str | None, bf16: b
         return pass_through(node, model, f"this model runs on {about.device}, and this node is for processors")
     wanted: list[Configuration] = []
     if winograd is not None and about.is_unet:
-        wanted.append(registry.configuration("winograd", form=winograd, bf16=bf16))
+        wanted.append(registry.configuration("winograd", form=winograd, bf16=bf16, filters_mib=filters_mib))
     # Both have `auto` for what a processor gains by.
     if bf16:
         wanted.append(registry.configuration("precision", scope="transformers" if wanted else "model"))

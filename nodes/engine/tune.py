@@ -12,14 +12,12 @@ import json
 import os
 import shutil
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import comfy.model_management
 import comfy.utils
 import folder_paths
 import safetensors.torch
@@ -29,34 +27,24 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
 from ..measuring import tuned
-from ..measuring.fidelity import compare
-from ..measuring.search import Candidate, Dial, Found, Level, Search
+from ..measuring.search import Candidate, Found, Search
 from ..measuring.trials import EXACT, Interleaved, Log, Task, Trial, from_data
 from ..methods.method import Configuration
-from ..methods.tune import Given, ladder
 from .apply import with_entries
-from .benchmark import Result, SamplerCall, Subject, check_kornia, title_of
-from .host import identity, machine
+from .benchmark import Result, SamplerCall, check_kornia, title_of
+from .host import machine
 from .inputs import check_prompt, refusing
 from .node import node_of
-from .plan import models, registry
 from .plan.plan import Entry, plan_of
 from .plan.record import outcome
-from .plan.saved import as_data
-from .saved_plans import described, path_of, write
+from .saved_plans import path_of, write
 from .telling import verdicts
+from .trying import METRIC, Ladder, Prompts, Runs, comparable, picture_of
 
-METRIC = "SSIM"
 FOLDER = ("slipstream", "tune")
 """In the host's folder for what belongs to its users."""
 
 SCHEMA = 1
-KEPT_MODELS = 6
-"""Plans whose compiled code or quantized weights stay while others are tried."""
-
-COMPILED_AGAIN = 3
-"""Runs of a plan that may make graphs, before one counts all the same."""
-
 BAR = 1000
 
 _unfinished = itertools.count(1)
@@ -66,18 +54,6 @@ _token = 0
 def fingerprint() -> int:
     """What changes when a search that was not finished should go on: the host's cache must not answer for it."""
     return _token
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """A pair of CONDITIONINGs."""
-
-    positive: Any
-    negative: Any
-
-    @property
-    def key(self) -> str:
-        return identity.digest(self.positive, self.negative)
 
 
 @dataclass(frozen=True)
@@ -175,6 +151,26 @@ class Kept:
         return {"filename": name, "subfolder": "slipstream", "type": "temp"}
 
 
+def pictures_of(prompts: Sequence[str], seed: int, seeds: int) -> list[str]:
+    """The keys of a search's pictures: those of all prompts with the first seed, then with the second, and so on."""
+    return [picture_of(prompt, (seed + number) % 2**64) for number in range(seeds) for prompt in prompts]
+
+
+def fresh_pictures(prompts: Sequence[str], seed: int, number: int) -> list[str]:
+    """Pictures of seeds that the search never sees: one of each prompt, and at least two."""
+    found = []
+    for index in range(1 if len(prompts) > 1 else 2):
+        name = f"{seed} {number} {index}"
+        other = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        found += [picture_of(prompt, other) for prompt in prompts]
+    return found
+
+
+def is_kept(task: Task, search: Search, log: Log) -> bool:
+    """Whether a run's picture is kept: the exact model's, and of a plan the one that is shown."""
+    return task.plan == EXACT or task.picture == search.pictures[0] or not log.of(task.plan)
+
+
 class Tuning:
     """One search, from the first run to the report.
 
@@ -195,36 +191,20 @@ class Tuning:
     ):
         self.node = node_of(node)
         self.where = verdicts.current_prompt()
-        self.model = model
-        self.vae = vae
         self.call = call
         self.wanted = wanted
-        self._prompts = {one.key: one for one in prompts}
-        self._began = time.monotonic()
-        self._session = uuid4().hex[:12]
-        self._references: dict[str, Result] = {}
-        self._models: OrderedDict[str, Any] = OrderedDict()
-        self._inner: dict[int, Any] = {}
-        self._ready: set[str] = set()
-        self._weights: Any = None
-        self._exact_rows = 0
-        self._is_warm = False
         self._run_number = next(_numbers)
-        self._notes: list[str] = []
-        device = model.load_device
-        described_model = models.describe(model, model.model_options)
-        taken = frozenset(entry.config.stem for entry in plan_of(model).entries)
-        self._dials, left_out = ladder(wanted.may_use, Given(described_model, call.cfg, taken), registry.kind)
-        self._notes += left_out
-        self.kept = Kept(self._about())
-        self._notes += [self.kept.problem] if self.kept.problem else []
+        ladder = Ladder.of(model, call, wanted.may_use)
+        self._runs = Runs(model, vae, call, prompts, ladder.configs, self._progress)
+        self.kept = Kept(comparable(model, vae, call))
+        self._notes = [*ladder.left_out, *([self.kept.problem] if self.kept.problem else [])]
         self.log = Log(self.kept.log.trials, self._changed)
         self.kept.log = self.log
-        self._configs: dict[str, Configuration] = {}
+        keys = list(dict.fromkeys(one.key for one in prompts))
         self.search = Search(
-            self._ladder(),
-            [self._picture(prompt, seed) for seed in self._seeds() for prompt in self._prompts],
-            self._fresh,
+            ladder.dials,
+            pictures_of(keys, call.seed, wanted.seeds),
+            partial(fresh_pictures, keys, call.seed),
             self.log,
             Interleaved(self._run, self.log, self._has_reference),
             wanted.floor,
@@ -236,8 +216,8 @@ class Tuning:
         self.report: dict[str, Any] = {
             "schema": SCHEMA,
             "title": title_of(model, call),
-            "settings": {**asdict(wanted), "seed": str(call.seed), "prompts": len(self._prompts)},
-            "machine": machine.describe(device),
+            "settings": {**asdict(wanted), "seed": str(call.seed), "prompts": len(keys)},
+            "machine": machine.describe(model.load_device),
             "metric": METRIC,
             "floor": wanted.floor,
             "status": "running",
@@ -248,184 +228,28 @@ class Tuning:
 
     # What is tried
 
-    def _about(self) -> dict[str, Any]:
-        """What makes trials comparable."""
-        call, model = self.call, self.model
-        described_machine = machine.describe(model.load_device)
-        versions = ("device", "device_type", "processor", "threads", "python", "torch", "comfyui", "slipstream")
-        return {
-            "model": identity.of_weights(model),
-            "patches": identity.of_patches(model),
-            "plan": as_data(plan_of(model)),
-            "vae": identity.of_weights(self.vae.patcher),
-            "latent": identity.digest({name: one for name, one in call.latent.items() if name != "batch_index"}),
-            "steps": call.steps,
-            "cfg": call.cfg,
-            "sampler_name": call.sampler_name,
-            "scheduler": call.scheduler,
-            "denoise": call.denoise,
-            "metric": METRIC,
-            **{name: described_machine[name] for name in versions},
-        }
-
-    def _ladder(self) -> list[Dial]:
-        """The dials as the search knows them."""
-        found = []
-        for dial in self._dials:
-            levels = []
-            for rank, config in enumerate(dial.configs):
-                key = json.dumps({"stem": config.stem, "settings": asdict(config)}, sort_keys=True)
-                self._configs[key] = config
-                levels.append(Level(dial.row.stem, rank, key, described(config)))
-            found.append(Dial(dial.row.stem, tuple(levels), dial.row.is_exact, frozenset(dial.row.excludes)))
-        return found
-
-    def _seeds(self) -> list[int]:
-        return [(self.call.seed + number) % 2**64 for number in range(self.wanted.seeds)]
-
-    def _fresh(self, number: int) -> list[str]:
-        """Pictures of seeds that the search never sees: one of each prompt, and at least two."""
-        per_prompt = 1 if len(self._prompts) > 1 else 2
-        found = []
-        for index in range(per_prompt):
-            name = f"{self.call.seed} {number} {index}"
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-            found += [self._picture(prompt, seed) for prompt in self._prompts]
-        return found
-
-    @staticmethod
-    def _picture(prompt: str, seed: int) -> str:
-        return f"{prompt} {seed}"
-
     def _left_s(self) -> float:
-        return self.wanted.minutes * 60 - (time.monotonic() - self._began)
+        return self.wanted.minutes * 60 - (time.monotonic() - self._runs.began)
 
     # One run
 
     def _has_reference(self, picture: str) -> bool:
-        if picture not in self._references and self.log.has(EXACT, picture):
+        if self._runs.reference(picture) is None and self.log.has(EXACT, picture):
             latent = self.kept.latent(EXACT, picture)
             if latent is not None:
-                self._references[picture] = Result(latent, self._decoded(latent))
-        return picture in self._references
-
-    def _decoded(self, latent: torch.Tensor) -> torch.Tensor | None:
-        return self._subject(self.model).decode(latent, "Tune")[0]
+                self._runs.take_reference(picture, latent)
+        return self._runs.reference(picture) is not None
 
     def _run(self, task: Task) -> Trial:
-        """One run, whatever comes of it.
-
-        Raises:
-            RuntimeError: the exact model itself can't be sampled or gives pictures that are not finite.
-        """
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        one = task.of or Candidate()
-        self._tell(f"{one.name}, {len(self.log.trials) + 1} runs so far")
-        problem = ""
-        try:
-            trial = self._measured(task, one)
-        except Exception as error:
-            status, reason = outcome(error)
-            if status == "interrupted" or task.plan == EXACT:
-                raise
-            problem = "out of memory" if machine.is_out_of_memory(error) else reason
-            trial = None
-        if trial is None:
-            # Not in the handler: the error's traceback would hold what is to be freed.
-            self._models.clear()
-            machine.release_unused()
-            trial = Trial(task.plan, task.picture, self._session, time.monotonic() - self._began, problem=problem)
+        """One run, whatever comes of it; see `Runs.run`."""
+        self._tell(f"{(task.of or Candidate()).name}, {len(self.log.trials) + 1} runs so far")
+        trial, result = self._runs.run(task)
+        if result is not None and is_kept(task, self.search, self.log):
+            try:
+                self.kept.put(task.plan, task.picture, result)
+            except OSError as error:
+                self._note(f"not everything could be kept: {error}")
         return trial
-
-    def _measured(self, task: Task, one: Candidate) -> Trial:
-        call = self._call(one, task.picture)
-        model = self._model(one)
-        first_s = self._make_ready(task.plan, model, call)
-        if task.plan == EXACT and not self._is_warm:
-            # As the Benchmark does: what a process does once is no part of any time.
-            self._subject(model).run(call, self._progress)
-            self._is_warm = True
-        for _ in range(COMPILED_AGAIN):
-            subject = self._subject(model)
-            began = time.monotonic()
-            measured = subject.run(call, self._progress)
-            at = (began + time.monotonic()) / 2 - self._began
-            first_s += measured.compile_s
-            if not measured.graphs:
-                break
-        result = subject.result
-        assert result is not None
-        trial = Trial(task.plan, task.picture, self._session, at, first_s=first_s)
-        broken = result.not_finite()
-        if task.plan == EXACT:
-            if broken:
-                raise RuntimeError(
-                    f"Tune: the model itself gives NaN or infinite values in its {broken} at seed {call.seed}, so that "
-                    "there is nothing to compare with. Look at its precision, or at the VAE's."
-                )
-            self._references[task.picture] = result
-            self._exact_rows = measured.rows
-            self._keep(task, result)
-            return replace(trial, seconds=measured.seconds)
-        if broken:
-            return replace(trial, problem=f"its {broken} has NaN or infinite values")
-        reference = self._references[task.picture]
-        if result.images is None or reference.images is None or result.images.shape != reference.images.shape:
-            return replace(trial, problem="its picture can't be compared with the exact one")
-        if task.picture == self.search.pictures[0] or not self.log.of(task.plan):
-            self._keep(task, result)
-        share = measured.rows / self._exact_rows if self._exact_rows else None
-        return replace(trial, seconds=measured.seconds, similarity=_similarity(reference, result), share=share)
-
-    def _subject(self, model: Any) -> Subject:
-        return Subject("", "ablation", model, self.vae, False)
-
-    def _keep(self, task: Task, result: Result) -> None:
-        try:
-            self.kept.put(task.plan, task.picture, result)
-        except OSError as error:
-            self._note(f"not everything could be kept: {error}")
-
-    def _call(self, one: Candidate, picture: str) -> SamplerCall:
-        prompt, seed = picture.split(" ")
-        prompts = self._prompts[prompt]
-        call = replace(self.call, positive=prompts.positive, negative=prompts.negative, seed=int(seed))
-        return call if one.steps is None else replace(call, steps=one.steps)
-
-    def _model(self, one: Candidate) -> Any:
-        """The model with a plan on it."""
-        if not one.levels:
-            return self.model
-        if one.key not in self._models:
-            entries = [Entry(self._configs[level.key], ()) for level in one.levels]
-            self._models[one.key] = with_entries(self.model, entries)
-        self._models.move_to_end(one.key)
-        while len(self._models) > KEPT_MODELS:
-            self._models.popitem(last=False)
-        return self._models[one.key]
-
-    def _make_ready(self, plan: str, model: Any, call: SamplerCall) -> float:
-        """Bring device and model into the state of a run that is not the first. Returns what that took over a usual
-        step, in seconds."""
-        self._inner[id(model.model)] = model.model
-        others = [inner for inner in self._inner.values() if inner is not model.model]
-        machine.take_off_device(others, model.load_device)
-        weights = id(model.model), model.patches_uuid
-        is_moved = machine.is_dynamic(model) and weights != self._weights
-        self._weights = weights
-        is_prepared = plan != EXACT and any(entry.config.phase != "evaluate" for entry in plan_of(model).entries)
-        is_first = plan not in self._ready and is_prepared
-        self._ready.add(plan)
-        if not (is_first or is_moved):
-            return 0.0
-        began = time.monotonic()
-        self._subject(model).settle(call)
-        exact_s = self.log.exact_s()
-        if exact_s is None or not is_first:
-            return 0.0
-        # Twice a usual step is nothing that anybody waits for.
-        took = time.monotonic() - began - 2 * exact_s / max(1, call.steps)
-        return max(0.0, took)
 
     # What is told
 
@@ -514,6 +338,10 @@ class Tuning:
             )
         return found
 
+    def configs(self, chosen: Candidate) -> list[Configuration]:
+        """A plan's settings."""
+        return self._runs.configs_of(chosen)
+
     def pictures(self, chosen: Candidate | None) -> torch.Tensor | ExecutionBlocker:
         """The exact pictures and the plan's, of the first prompt and seed that it was tried on, (2 B, H, W, C)."""
         first = self.search.pictures[0]
@@ -521,28 +349,16 @@ class Tuning:
             first = self.log.of(chosen.key)[0].picture
         if not self._has_reference(first):
             self.log.add(self._run(Task(EXACT, first)))
-        exact = self._references[first].images
+        reference = self._runs.reference(first)
+        exact = None if reference is None else reference.images
         if exact is None:
             return ExecutionBlocker("Tune: there are no images to give, since the VAE gives no pictures.")
         latent = None if chosen is None else self.kept.latent(chosen.key, first)
-        images = exact if latent is None else self._decoded(latent)
+        images = exact if latent is None else self._runs.decoded(latent)
         return torch.cat([exact, exact if images is None else images])
-
-    def configs(self, chosen: Candidate) -> list[Configuration]:
-        """A plan's settings."""
-        return [self._configs[level.key] for level in chosen.levels]
 
 
 _numbers = itertools.count(1)
-
-
-def _similarity(reference: Result, result: Result) -> float:
-    """Of the worst picture of a batch."""
-    assert reference.images is not None
-    assert result.images is not None
-    pairs = zip(reference.images, result.images, strict=True)
-    found = (compare(reference.latent, result.latent, one[None], other[None]).ssim for one, other in pairs)
-    return min(one for one in found if one is not None)
 
 
 def tune(

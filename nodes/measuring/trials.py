@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from statistics import median
@@ -69,6 +71,7 @@ class Log:
     def __init__(self, trials: Iterable[Trial] = (), changed: Callable[[], None] = lambda: None):
         self.trials: list[Trial] = []
         self._changed = changed
+        self._lock = threading.RLock()
         self._by_plan: dict[str, list[Trial]] = defaultdict(list)
         self._exact: dict[str, list[Trial]] = defaultdict(list)
         for trial in trials:
@@ -81,9 +84,10 @@ class Log:
             bisect.insort(self._exact[trial.session], trial, key=lambda one: one.at)
 
     def add(self, trial: Trial) -> None:
-        """Put one more trial into it."""
-        self._put(trial)
-        self._changed()
+        """Put one more trial into it, from whichever thread."""
+        with self._lock:
+            self._put(trial)
+            self._changed()
 
     def of(self, plan: str) -> list[Trial]:
         """The trials of a plan."""
@@ -235,8 +239,17 @@ class Interleaved:
                 self._exact(self._due([other.picture for other in tasks[place:]] + following))
             self._log.add(self._run(task))
             self._since = (self._since or 0) + 1
-        if is_closed and self._since:
-            self._exact(self._due([*following, tasks[-1].picture]))
+        if is_closed and tasks:
+            self.close([*following, tasks[-1].picture])
+
+    def close(self, pictures: list[str]) -> None:
+        """Have an exact run stand after the last task.
+
+        Args:
+            pictures: see `next_pictures`; at least one.
+        """
+        if self._since:
+            self._exact(self._due(pictures))
 
     def _due(self, pictures: list[str]) -> str:
         """The first picture without a reference, or the last one."""
@@ -245,3 +258,63 @@ class Interleaved:
     def _exact(self, picture: str) -> None:
         self._log.add(self._run(Task(EXACT, picture)))
         self._since = 0
+
+
+class LostError(Exception):
+    """A device, or the machine that it is in, is gone; whatever ran there did not come to an end."""
+
+
+class Spread:
+    """Runs tasks on several devices at once, each between exact runs of its own. What a lost one was at is run by
+    another.
+
+    Args:
+        devices: one for each; its runs raise `LostError` when it is gone.
+        lost: called with what it was that was lost.
+
+    Attributes:
+        left: those that are not lost.
+    """
+
+    def __init__(self, devices: Sequence[Interleaved], lost: Callable[[LostError], None] = lambda error: None):
+        self.left = list(devices)
+        self._lost = lost
+
+    def __call__(self, tasks: list[Task], next_pictures: Sequence[str] = (), is_closed: bool = False) -> None:
+        """See `Interleaved`.
+
+        Raises:
+            LostError: no device is left.
+        """
+        waiting = deque(tasks)
+        self._each(lambda device: self._work(device, waiting, list(next_pictures)))
+        while waiting:
+            # Given back by a device that was lost when the others had no more to do.
+            self._each(lambda device: self._work(device, waiting, list(next_pictures)))
+        if is_closed and tasks:
+            self._each(lambda device: device.close([*next_pictures, tasks[-1].picture]))
+
+    def _work(self, device: Interleaved, waiting: deque[Task], following: list[str]) -> None:
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                device([task], [other.picture for other in waiting.copy()] + following)
+            except BaseException:
+                waiting.appendleft(task)
+                raise
+
+    def _each(self, act: Callable[[Interleaved], None]) -> None:
+        """Do something on all devices at once, and go on without those that are lost."""
+        if not self.left:
+            raise LostError("no machine is left; what was measured is kept")
+        with ThreadPoolExecutor(len(self.left)) as pool:
+            doing = [(device, pool.submit(act, device)) for device in self.left]
+        errors = [(device, error) for device, future in doing if (error := future.exception()) is not None]
+        for device, error in errors:
+            if not isinstance(error, LostError):
+                raise error
+            self.left.remove(device)
+            self._lost(error)

@@ -178,6 +178,7 @@ class Evaluation:
         error: what that leaves in the latent, relative to it.
         devices: on how many the host samples.
         working: the copies of the model, one on each device, that computed in it so far.
+        is_observed: whether a method looks at what layers are given in it: nothing of it runs compiled.
     """
 
     step: int
@@ -191,6 +192,7 @@ class Evaluation:
     error: float = 0.0
     devices: int = 1
     working: set[Hashable] = field(default_factory=set)
+    is_observed: bool = False
 
 
 class Guidance(Protocol):
@@ -346,6 +348,40 @@ class Quantizer(Protocol):
         """Whether the weights that were quantized leave the device, where the host loaded all or part of the model."""
 
 
+@dataclass
+class Pruned(Quantized):
+    """Linear layers with 2:4 sparse weights.
+
+    Attributes:
+        errors: of each layer's outputs, relative to them, by the layers that are pruned.
+        work: their share of all linear layers' multiplications.
+        why_dense: why their products are computed as any others, in words that follow ``since``; empty if by kernels
+            for sparse weights.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict, kw_only=True)
+    work: float = field(default=0.0, kw_only=True)
+    why_dense: str = field(default="", kw_only=True)
+
+
+class Pruner(Protocol):
+    """Which layers get 2:4 sparse weights. Hashable and equal if the same comes of it."""
+
+    @property
+    def sparse_error(self) -> float:
+        """The most that a layer's outputs may lose, relative to them."""
+
+    @property
+    def sparse_share(self) -> float:
+        """The most of the multiplications of these layers, those first that save most for what they lose."""
+
+    def leaves_out(self, path: str, layer: torch.nn.Linear, is_in_block: bool) -> str | None:
+        """As `Quantizer.leaves_out`."""
+
+    def should_offload(self, is_partially_loaded: bool) -> bool:
+        """As `Quantizer.should_offload`."""
+
+
 class ModelCall(Protocol):
     """One call of the model: one batch of conditions. Its weights are loaded, its inputs not yet cast."""
 
@@ -386,6 +422,13 @@ class ModelCall(Protocol):
 
     def quantizing(self, quantizer: Quantizer) -> AbstractContextManager[Quantized]:
         """Computes the call with quantized weights in the linear layers."""
+
+    def observing(self, pruner: Pruner, attempt: int) -> AbstractContextManager[None]:
+        """Looks at what linear layers are given in this call of an evaluation that is observed, and forgets what an
+        earlier attempt at it gave them."""
+
+    def pruning(self, pruner: Pruner) -> AbstractContextManager[Pruned]:
+        """Computes the call with 2:4 sparse weights in the linear layers, corrected by what was observed."""
 
 
 class UNetCall(Protocol):
@@ -496,6 +539,10 @@ class MethodRun:
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
         """Around the model's part in an evaluation, of all conditions at once. Returns what `call.evaluate` does."""
+        raise NotImplementedError
+
+    def observes(self, evaluation: Evaluation) -> bool:
+        """Before one evaluation: whether this method looks at what layers are given in it."""
         raise NotImplementedError
 
     def accepts(self, evaluation: Evaluation, denoised: Tensor) -> bool:

@@ -1,7 +1,8 @@
-"""Quantize: the weights of linear layers in eight bits, by torchao.
+"""Quantize: the weights of linear layers in eight bits, by torchao, or 2:4 sparse.
 
 Each row of a weight has a scale of its own. Weight-only schemes multiply in the model's own dtype, after unpacking:
-they save memory. Dynamic ones quantize each token of the activations as well, and multiply in eight bits.
+they save memory. Dynamic ones quantize each token of the activations as well, and multiply in eight bits. 2:4 sparse
+(`semi_structured.py`) observes the first evaluation of a run and computes the others with half of the weights.
 
 Source: torchao (PyTorch), and "Accelerate inference of text-to-image diffusion models" (diffusers' documentation) for
 which layers to leave out.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import statistics
 import sys
 import threading
 from collections import Counter
@@ -26,9 +28,11 @@ from torch.nn import Linear
 from ..compiling.backends import first_line
 from .method import (
     Configuration,
+    Evaluation,
     MethodRun,
     Model,
     ModelCall,
+    Pruned,
     Quantized,
     Run,
     State,
@@ -36,10 +40,11 @@ from .method import (
     check_number,
 )
 
-SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 dynamic", "fp8 weight-only")
+SPARSE = "2:4 sparse"
+SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 dynamic", "fp8 weight-only", SPARSE)
 OFFLOAD = ("auto", "on", "off")
-MULTIPLE = 16
-"""The kernels that multiply in eight bits take no other sides."""
+MULTIPLE, SPARSE_MULTIPLE = 16, 64
+"""The kernels that multiply in eight bits, and those for 2:4 sparse weights, take no other sides."""
 
 MODULATION = re.compile(r"modulation|ada[lL][nN]|norm\w*\.linear|(?:^|[._])mod(?:[A-Z]\w*|_\w+)?(?=\.|$)")
 TIME = re.compile(r"emb|timestep|time_proj")
@@ -62,6 +67,8 @@ def lacking(scheme: str, device: str) -> str | None:
         return (
             f"{scheme} needs an NVIDIA, AMD or Intel GPU or a CPU, but the model runs on {device}. Take the node out."
         )
+    if scheme == SPARSE:
+        return None
     try:
         if importlib.util.find_spec("torchao") is None:
             return f"torchao is not installed. Install it with: {install_line()}"
@@ -104,12 +111,17 @@ class Quantize(Configuration):
     skip: parts of names, separated by commas; layers whose path has one of them stay as they are.
     offload_originals: whether the weights that were quantized leave a GPU for the run: ``on``,
         ``off``; ``auto``: where the host could not load the whole model.
+    sparse_error: 2:4 sparse: the most that a layer's outputs may lose, relative to them.
+    sparse_share: 2:4 sparse: the most of the layers' multiplications that are pruned, those first that save most for
+        what they lose.
     """
 
     scheme: str = "int8 dynamic"
     min_features: int = 256
     skip: str = ""
     offload_originals: str = "auto"
+    sparse_error: float = 0.05
+    sparse_share: float = 1.0
 
     stem = "quantize"
     title = "Quantize Model"
@@ -120,6 +132,8 @@ class Quantize(Configuration):
         check_choice(self.title, "scheme", self.scheme, SCHEMES)
         check_choice(self.title, "offload_originals", self.offload_originals, OFFLOAD)
         check_number(self.title, "min_features", self.min_features, 0, 2**16)
+        check_number(self.title, "sparse_error", self.sparse_error, 0.0, 1.0)
+        check_number(self.title, "sparse_share", self.sparse_share, 0.0, 1.0)
         # Equal settings, however they were typed, are one.
         object.__setattr__(self, "skip", ", ".join(sorted(self._skipped)))
 
@@ -132,9 +146,10 @@ class Quantize(Configuration):
             raise RuntimeError(f"{self.title}: {reason}")
 
     def begin(self, run: Run) -> QuantizeRun:
-        return QuantizeRun(self, run.model.device, run.is_compiled)
+        kind = SparseRun if self.scheme == SPARSE else QuantizeRun
+        return kind(self, run.model.device, run.is_compiled)
 
-    # As `method.Quantizer`.
+    # As `method.Quantizer` and `method.Pruner`.
 
     def leaves_out(self, path: str, layer: nn.Linear, is_in_block: bool) -> str | None:
         if any(part in path for part in self._skipped):
@@ -148,8 +163,9 @@ class Quantize(Configuration):
         sides = (layer.in_features, layer.out_features)
         if min(sides) < self.min_features:
             return "small"
-        if self.is_dynamic and any(side % MULTIPLE for side in sides):
-            return f"of sides that are no multiples of {MULTIPLE}"
+        multiple = SPARSE_MULTIPLE if self.scheme == SPARSE else MULTIPLE if self.is_dynamic else 1
+        if any(side % multiple for side in sides):
+            return f"of sides that are no multiples of {multiple}"
         return None
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
@@ -200,9 +216,13 @@ class QuantizeRun(MethodRun):
 
     def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
         with call.quantizing(self.config) as made:
-            with self.lock:
-                self.made[id(made)] = made
+            self.keep(made)
             return run()
+
+    def keep(self, made: Quantized) -> None:
+        """What was made of one copy of the model."""
+        with self.lock:
+            self.made[id(made)] = made
 
     def verdict(self) -> tuple[State, str]:
         if not self.made:
@@ -213,21 +233,31 @@ class QuantizeRun(MethodRun):
         out = ", ".join(f"{number} {why}{_share(first, why)}" for why, number in left.most_common())
         total = first.modules + left.total()
         if not first.modules:
-            return "inert", f"quantized none of {total} linear layers; left out: {out or 'none'}"
+            return "inert", f"{self.done} none of {total} linear layers; left out: {out or 'none'}"
         held, original = (sum(getattr(made, name) for made in all_made) for name in ("extra_bytes", "original_bytes"))
         copies = f" on each of {len(all_made)} devices" if len(all_made) > 1 else ""
         told = [
             f"{self.config.scheme}: {first.modules} of {total} linear layers{copies}, {_mib(held)} in place of "
             f"{_mib(original)} ({held / original:.0%})"
         ]
+        told += self._lost(all_made)
         told.append(self._whereabouts(sum(made.offloaded_bytes for made in all_made)))
         if out:
             told.append(f"left out: {out}")
         if first.hooked:
             told.append(f"{first.hooked} layers are quantized anew at each call, since hooks change them")
         elapsed = max(made.elapsed_s for made in all_made)
-        told.append(f"quantized in {elapsed:.1f} s" if elapsed else "quantized earlier")
+        told.append(f"{self.done} in {elapsed:.1f} s" if elapsed else f"{self.done} earlier")
         return "active", "; ".join([*told, *self._speed()])
+
+    @property
+    def done(self) -> str:
+        """What is done to layers, in a word."""
+        return "quantized"
+
+    def _lost(self, all_made: list[Quantized]) -> list[str]:
+        """What that costs."""
+        return []
 
     def _whereabouts(self, offloaded: int) -> str:
         if offloaded:
@@ -247,6 +277,51 @@ class QuantizeRun(MethodRun):
         if not self.is_compiled:
             return ["add Compile Model: without it, unpacking the weights at each use takes time"]
         return ["computes as before: it saves memory, not time"]
+
+
+class SparseRun(QuantizeRun):
+    """Observes what layers are given in the first evaluation, and has the others computed with 2:4 sparse weights."""
+
+    def __init__(self, config: Quantize, device: str, is_compiled: bool):
+        super().__init__(config, device, is_compiled)
+        self.evaluations = self.attempts = 0
+
+    def observes(self, evaluation: Evaluation) -> bool:
+        self.evaluations += not evaluation.is_again
+        self.attempts += 1
+        return self.is_observing
+
+    @property
+    def is_observing(self) -> bool:
+        """In the first evaluation."""
+        return self.evaluations <= 1
+
+    def apply_model(self, call: ModelCall, run: Callable[[], Tensor]) -> Tensor:
+        if self.is_observing:
+            with call.observing(self.config, self.attempts):
+                return run()
+        with call.pruning(self.config) as made:
+            self.keep(made)
+            return run()
+
+    def verdict(self) -> tuple[State, str]:
+        if self.evaluations and not self.made:
+            return "inert", "changed nothing: the run had one evaluation, which is the one that is observed"
+        return super().verdict()
+
+    @property
+    def done(self) -> str:
+        return "pruned"
+
+    def _lost(self, all_made: list[Quantized]) -> list[str]:
+        pruned = [made for made in all_made if isinstance(made, Pruned)]
+        share = statistics.mean(made.work for made in pruned)
+        worst = max(error for made in pruned for error in made.errors.values())
+        return [f"{share:.0%} of the multiplications of the layers that it is for; outputs lose {worst:.1%} at most"]
+
+    def _speed(self) -> list[str]:
+        why = {made.why_dense for made in self.made.values() if isinstance(made, Pruned) and made.why_dense}
+        return [f"computed dense, so no faster and no smaller, since {reason}" for reason in sorted(why)]
 
 
 def _share(made: Quantized, why: str) -> str:

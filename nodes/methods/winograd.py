@@ -30,7 +30,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..compiling.tally import count
-from .method import Configuration, Convolution, MethodRun, Model, Run, State, check_choice, check_unet, has_bf16
+from .method import (
+    Configuration,
+    Convolution,
+    MethodRun,
+    Model,
+    Run,
+    State,
+    check_choice,
+    check_number,
+    check_unet,
+    has_bf16,
+)
 
 POINTS: dict[int, tuple[Fraction, ...]] = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
@@ -69,6 +80,8 @@ BEHIND = 1.3
 """What takes this many times as long as the fastest is not measured again."""
 
 MIB = 2**20
+MOST_MIB = 2**20
+"""What a bound on the filters' memory may be."""
 
 
 @dataclass(frozen=True)
@@ -351,10 +364,12 @@ class Winograd(Configuration):
     """Attributes:
     form: one of `FORMS`. ``auto`` takes what is fastest for each shape here, or leaves the host's own convolution.
     bf16: whether ``auto`` may take torch's convolution in bfloat16 for features in float32.
+    filters_mib: the most memory for transformed filters, in MiB; 0 for half of what was to spare.
     """
 
     form: str = "auto"
     bf16: bool = False
+    filters_mib: int = 0
 
     stem = "winograd"
     title = "Winograd"
@@ -363,6 +378,7 @@ class Winograd(Configuration):
 
     def __post_init__(self) -> None:
         check_choice(self.title, "form", self.form, FORMS)
+        check_number(self.title, "filters_mib", self.filters_mib, 0, MOST_MIB)
         if self.form != "auto":
             # It means nothing then, and settings that mean the same are equal.
             object.__setattr__(self, "bf16", False)
@@ -470,15 +486,28 @@ class WinogradRun(MethodRun):
         choice = self.choices[key]
         for form in choice.faster:
             size = form.filter_bytes(call.weight)
+            owner = call.weight.data_ptr(), form
+            if not self._may_keep(owner, size):
+                continue
             filters = call.derived(form, size, partial(form.transform, call.weight))
             if filters is None:
+                with self.lock:
+                    self.kept[owner] = 0
                 continue
             with self.lock:
                 self._count(call, str(form))
                 self.saved_s += choice.saved_s(form)
-                self.kept[call.weight.data_ptr(), form] = size
             return form.convolve(call.x, filters, call.bias, call.memory_format)
         return self._by_host(call, HOST_IS_FASTER if choice.seconds and not choice.faster else NO_ROOM)
+
+    def _may_keep(self, owner: tuple[int, Form | Direct], size: int) -> bool:
+        """Whether filters are within the bound that the user set, and counted: those that are used first come first."""
+        with self.lock:
+            if owner not in self.kept:
+                if self.config.filters_mib and sum(self.kept.values()) + size > self.config.filters_mib * MIB:
+                    return False
+                self.kept[owner] = size
+            return self.kept[owner] == size
 
     def _choice(self, call: Convolution, key: Hashable) -> Choice:
         """What to use for a shape: as set, or as measured in this process."""
@@ -516,7 +545,8 @@ class WinogradRun(MethodRun):
         parts = [f"{how} for {self._counted(how)}" for how in ours]
         parts += [f"ComfyUI's own for {self._counted(how)}: {why}" for how, why in REASONS.items() if how in self.calls]
         if NO_ROOM in self.calls:
-            parts[-1] += f" ({self.room / MIB:.0f} MiB, half of what was to spare)"
+            bound = self.config.filters_mib
+            parts[-1] += f" ({bound} MiB)" if bound else f" ({self.room / MIB:.0f} MiB, half of what was to spare)"
         if not ours:
             return "inert", "; ".join(["no 3x3 convolution was replaced", *parts])
         number, total = sum(self.calls[how] for how in ours), sum(self.calls.values())

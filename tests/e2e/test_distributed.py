@@ -104,9 +104,7 @@ def employ(master: Server, *workers: Server) -> list[str]:
 def spread(workflow: Workflow, seed: int | None = None) -> Workflow:
     """A workflow as Distributed wants it: a seed that differs by worker, and one node that collects the pictures."""
     seed_node = workflow.add("DistributedSeed", {}, ["INT"], [seed or next(seeds), "fixed"])
-    sampler = workflow.node("KSampler")
-    sampler["inputs"].append({"name": "seed", "type": "INT", "widget": {"name": "seed"}, "link": None})
-    workflow.link(seed_node, 0, sampler, "seed")
+    workflow.link(seed_node, 0, workflow.node("KSampler"), "seed")
     collector = workflow.add("DistributedCollector", {"images": "IMAGE"}, ["IMAGE", "AUDIO"], [False])
     workflow.link(workflow.node("VAEDecode"), 0, collector, "images")
     workflow.link(collector, 0, workflow.node("SaveImage"), "images")
@@ -220,6 +218,14 @@ def test_an_image_of_the_master_tells_its_plan_and_which_workers_took_part(maste
         assert NAME not in image.text["prompt"]
 
 
+def test_where_the_master_delegates_all_its_images_have_the_workflow_alone(master, worker):
+    ids = employ(master, worker)
+    data = request_of(graph(10 * next(seeds)), ids) | {"delegate_master": True}
+    (image,) = pictures(master, master.wait_for(master.post("/distributed/queue", data)["prompt_id"]))
+    assert json.loads(image.text["workflow"]) == data["workflow"]
+    assert "slipstream" not in image.text["prompt"].lower()
+
+
 # The page
 
 
@@ -229,7 +235,11 @@ def test_a_workers_verdicts_are_on_the_masters_nodes(renderer, browser, master, 
     workflow = spread(Workflow())
     with opened(browser, master, request, renderer) as page:
         page.load(workflow.data)
-        assert page.run().status == "success"
+        outcome = page.run()
+        assert outcome.status == "success"
+        both = pixels(pictures(master, master.get(f"/history/{outcome.prompt_id}")[outcome.prompt_id]))
+        assert len(both) == 2
+        assert not np.array_equal(*both)
         before = [texts(page, workflow.id(name)) for name in OURS]
         for own, others in before:
             assert own[0] == "active"
@@ -279,6 +289,11 @@ def test_a_worker_without_the_pack_is_told_in_one_sentence(browser, master, tmp_
         with opened(browser, master, request) as page:
             page.load(workflow.data)
             assert page.run().status == "refused"
+            # Distributed's own message, and the host's dialog, hide the nodes.
+            page.page.get_by_text(MISSING, exact=True).last.wait_for()
+            assert any(MISSING in text for text in page.errors())
+            keep_picture(page, f"{request.node.name}-at-once")
+            page.close_errors()
             for name in OURS:
                 assert texts(page, workflow.id(name)) == [("failed", MISSING)]
         with opened(browser, master, request, settings={"Comfy.Locale": "zh"}) as page:
@@ -335,6 +350,7 @@ def test_a_worker_that_dies_costs_its_pictures_and_the_next_prompt_runs(browser,
             for name in OURS:
                 own, silent = texts(page, workflow.id(name))
                 assert own[0] == "active"
+                assert not own[1].startswith("last run")
                 assert silent == (
                     "inert",
                     f"{NAME}: does not answer and takes no part: it is off, or runs without --enable-cors-header",

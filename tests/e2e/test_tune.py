@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from browser import keep_picture
+from loading import ROOT
+from prompts import scratch_server
 
 from workflows import TUNE, Workflow
 
 NODE = "SlipstreamTune"
-FEW = {"steps": 8, "seeds": 1, "floor": 0.3, "minutes": 2}
+FEW = {"steps": 6, "seeds": 1, "floor": 0.3, "minutes": 0.4}
 
 READ_PANEL = """
 (id) => {
@@ -64,6 +68,11 @@ def test_a_click_chooses_a_plan_and_the_node_answers_from_what_it_measured(page,
     keep_picture(page, f"tune-{renderer}")
     assert shown["overflow"] <= 0
     assert shown["chosen"] == ""
+    page.page.locator(".slipstream-tune").get_by_role("button", name="Copy as Markdown").dispatch_event("click")
+    page.settle()
+    copied = page.page.evaluate("() => navigator.clipboard.readText()")
+    assert copied.startswith("### DemoFamily, 128x128, 6 steps of ")
+    assert all(f"| {name} |" in copied for name in shown["plans"] if name not in shown["shown"])
 
     other = next(name for name in shown["plans"] if "steps" not in name and name not in shown["shown"])
     row = page.page.locator(f'.slipstream-tune [data-plan="{other}"] tr')
@@ -85,3 +94,66 @@ def test_a_click_chooses_a_plan_and_the_node_answers_from_what_it_measured(page,
     assert kept["images"] >= 2
     assert page.verdicts(node_id)[0].is_last
     assert not page.problems()
+
+
+@pytest.mark.long
+def test_it_is_readable_on_light_too(open_page, workflow):
+    page = open_page("vue", theme="light")
+    node_id = workflow.id(NODE)
+    page.load(workflow.data)
+    for name, value in FEW.items():
+        page.set_widget(node_id, name, value)
+    for name in ("width", "height"):
+        page.set_widget(workflow.id("EmptyLatentImage"), name, 128)
+    assert page.run(timeout_s=300).status == "success"
+    assert panel(page, node_id)["plans"]
+    keep_picture(page, "tune-light")
+    assert not page.problems()
+
+
+@pytest.mark.long
+def test_a_plan_saved_by_one_comfyui_loads_in_another_with_other_packages(server, tmp_path, monkeypatch):
+    """The other one has no torchao."""
+    methods = {
+        "2": {"class_type": "SlipstreamForecast", "inputs": {"model": ["1", 0], "error_budget": 0.1}},
+        "3": {"class_type": "SlipstreamQuantize", "inputs": {"model": ["2", 0], "scheme": "int8 dynamic"}},
+    }
+    nodes = server.nodes()
+    for node in methods.values():
+        required = nodes[node["class_type"]]["input"]["required"]
+        defaults = {
+            name: spec[1]["default"] for name, spec in required.items() if len(spec) > 1 and "default" in spec[1]
+        }
+        node["inputs"] = {**defaults, **node["inputs"]}
+    loader = {"1": {"class_type": "SlipstreamDemoModel", "inputs": {}}}
+    save = {"4": {"class_type": "SlipstreamSavePlan", "inputs": {"model": ["3", 0], "save_as": "from one"}}}
+    server.result(server.wait_for(server.queue({**loader, **methods, **save})))
+    (saved,) = server.log.parent.glob("user/slipstream/plans/from one.json")
+
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "torchao.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    base = tmp_path / "other"
+    (base / "user" / "slipstream" / "plans").mkdir(parents=True)
+    shutil.copy(saved, base / "user" / "slipstream" / "plans")
+    with scratch_server(ROOT, base) as other:
+        sampler = {
+            "seed": 1, "steps": 8, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 0],
+        }  # fmt: skip
+        prompt = {
+            **loader,
+            "2": {"class_type": "SlipstreamLoadPlan", "inputs": {"model": ["1", 0], "plan": "from one"}},
+            "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "summer"}},
+            "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+            "5": {"class_type": "KSampler", "inputs": sampler},
+            "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+            "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "x"}},
+        }
+        other.result(other.wait_for(other.queue(prompt)))
+        told = other.get("/slipstream/verdicts")["verdicts"]
+        (lines,) = [one["lines"] for one in told if one["node_type"] == "SlipstreamLoadPlan"]
+    texts = [line["text"] for line in lines]
+    assert any(text.startswith("Forecast: ") for text in texts), texts
+    assert any("torchao" in text and "left out" in text for text in texts), texts

@@ -14,9 +14,9 @@ BOUND = 1e-4
 """Of the latent's error after a few steps, relative to its norm: rounding in float32."""
 
 
-def faster(patcher, node_id="1", winograd="F(4x4)"):
+def faster(patcher, node_id="1", winograd="F(4x4)", **values):
     """Winograd alone: the rest belongs to other methods."""
-    return run_node("SlipstreamCPU", patcher, node_id, winograd=winograd, bf16=False, sdpa=False)
+    return run_node("SlipstreamCPU", patcher, node_id, winograd=winograd, bf16=False, sdpa=False, **values)
 
 
 def sample(patcher, *args, steps=2, **kwargs):
@@ -193,6 +193,18 @@ def test_where_there_is_memory_for_some_filters_they_are_the_same_in_each_run(mo
     assert torch.equal(sample(faster(model)), first)
     kept = sum(derived.size for derived in hosted.engine("model.convolutions")._all)
     assert 0 < kept <= sum(sizes) // 2
+
+
+def test_a_bound_that_the_user_sets_is_kept_and_the_same_in_each_run(model, made, last_lines):
+    form = hosted.method("winograd").Form(4)
+    sizes = [form.filter_bytes(module.weight) for module in convolutions(model)]
+    bound = sum(sizes) // 2**21
+    assert bound > 0
+    image = sample(faster(model, filters_mib=bound))
+    assert 0 < sum(form.filter_bytes(weight) for weight in made) <= bound * 2**20
+    assert f"filters would take more than they may ({bound} MiB)" in last_lines("1")[0][1]
+    assert not torch.equal(sample(faster(model)), image)
+    assert torch.equal(sample(faster(model, filters_mib=bound)), image)
 
 
 @pytest.mark.parametrize("end", ["success", "error", "interrupt"])

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-PARTS = ("holds", "sdxl", "vae", "transformer", "offload", "sync")
+PARTS = ("holds", "sdxl", "vae", "transformer", "offload", "sparse", "sync")
 SHORT = ("vae", "transformer", "offload", "sync")
 
 

@@ -25,9 +25,11 @@ SETTINGS = {
         "min_features": 64,
         "skip": 'attn2, "ff"\n\u4e2d',
         "offload_originals": "on",
+        "sparse_error": 0.1,
+        "sparse_share": 1 / 3,
     },
     "attention_backend": {"backend": "math", "fuse_qkv": True},
-    "winograd": {"form": "auto", "bf16": True},
+    "winograd": {"form": "auto", "bf16": True, "filters_mib": 512},
     "compile_model": {
         "backend": "inductor",
         "mode": "max-autotune",
@@ -61,9 +63,16 @@ SETTINGS = {
 DEFAULTS_1 = {
     "sequential_offload": {"budget_mib": 0},
     "precision": {"compute_dtype": "auto", "channels_last": "auto", "tf32": "auto", "scope": "model"},
-    "quantize": {"scheme": "int8 dynamic", "min_features": 256, "skip": "", "offload_originals": "auto"},
+    "quantize": {
+        "scheme": "int8 dynamic",
+        "min_features": 256,
+        "skip": "",
+        "offload_originals": "auto",
+        "sparse_error": 0.05,
+        "sparse_share": 1.0,
+    },
     "attention_backend": {"backend": "auto", "fuse_qkv": False},
-    "winograd": {"form": "auto", "bf16": False},
+    "winograd": {"form": "auto", "bf16": False, "filters_mib": 0},
     "compile_model": {
         "backend": "auto",
         "mode": "default",

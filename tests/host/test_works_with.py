@@ -517,7 +517,8 @@ gives without the node; and nothing of the node stays on the model. Published we
 {matrix}
 
 VAE nodes: with the VAE of the family's latents, video VAEs among them. Attention Backend: without `fuse_qkv`, which is
-for Stable Diffusion's UNets. {brought} brings a model of its own. All of them serve Stable Diffusion's UNets.
+for Stable Diffusion's UNets. {brought} brings a model of its own. All of them serve Stable Diffusion's UNets. ComfyUI's
+MultiGPU, ComfyUI-Distributed and raylight: [Several GPUs and machines](SEVERAL-GPUS.md).
 
 ## What is held
 

@@ -19,7 +19,8 @@ PACKED = set(packed_files())
 def test_what_is_packed():
     tops = {PurePosixPath(name).parts[0] for name in PACKED} - {"locales", "subgraphs"}
     folders = {"nodes", "web", "weights", "workflows", "training"}
-    assert tops == folders | {"__init__.py", "pyproject.toml", "README.md", "WORKS-WITH.md", "CHANGELOG.md", "LICENSE"}
+    pages = {"README.md", "WORKS-WITH.md", "SEVERAL-GPUS.md", "SEVERAL-GPUS.zh.md", "CHANGELOG.md"}
+    assert tops == folders | pages | {"__init__.py", "pyproject.toml", "LICENSE"}
     sheets = {f"training/results/{name}.jpg" for name in ("sheet", "sheet-transformer")}
     assert {name for name in PACKED if name.startswith("training/")} == sheets
     kinds = {PurePosixPath(name).suffix for name in PACKED} - {""}

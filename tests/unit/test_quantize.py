@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from slipstream_pack.nodes.methods import quantize
-from slipstream_pack.nodes.methods.method import Model, Quantized, Run, Steps
+from slipstream_pack.nodes.methods.method import Evaluation, Model, Pruned, Quantized, Run, Steps
 from slipstream_pack.nodes.methods.quantize import Quantize
 from torch import nn
 
@@ -129,6 +129,10 @@ def test_the_filter_can_be_set():
     assert Quantize(min_features=64).leaves_out("blocks.0.to_q", small, True) is None
     assert Quantize(min_features=65).leaves_out("blocks.0.to_q", small, True) == "small"
     assert Quantize("int8 weight-only").leaves_out("blocks.0.to_q", odd, True) is None
+    assert Quantize("2:4 sparse").leaves_out("blocks.0.to_q", nn.Linear(640, 960, device="meta"), True) is None
+    assert Quantize("2:4 sparse").leaves_out("blocks.0.to_q", nn.Linear(640, 656, device="meta"), True) == (
+        "of sides that are no multiples of 64"
+    )
     assert Quantize(skip="attn2, ff").leaves_out("blocks.0.ff.net", odd, True) == "named in skip"
     assert Quantize(skip="ff,attn2 ,") == Quantize(skip=" attn2, ff")
     assert Quantize(skip="").leaves_out("blocks.0.to_q", nn.Linear(640, 640, device="meta"), True) is None
@@ -146,7 +150,16 @@ def test_when_the_originals_leave_the_device(setting, whole, part):
 
 
 @pytest.mark.parametrize(
-    "values", [{"scheme": "int4"}, {"min_features": -1}, {"min_features": 1 << 20}, {"offload_originals": "never"}]
+    "values",
+    [
+        {"scheme": "int4"},
+        {"min_features": -1},
+        {"min_features": 1 << 20},
+        {"offload_originals": "never"},
+        {"sparse_error": -0.1},
+        {"sparse_error": float("nan")},
+        {"sparse_share": 1.5},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(values):
     with pytest.raises(ValueError, match=f"Quantize Model: {next(iter(values))} must be"):
@@ -169,6 +182,11 @@ def test_a_torchao_that_does_not_fit_is_one_sentence(monkeypatch):
         RuntimeError, match=r"can't be used with torch .* \(ImportError: cannot import name 'ScalingType'\)"
     ):
         Quantize().check(CPU_MODEL)
+
+
+def test_sparse_weights_need_no_torchao(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    Quantize("2:4 sparse").check(CPU_MODEL)
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (9, 0)])
@@ -245,3 +263,63 @@ def test_the_verdict_says_what_else_is_otherwise():
     assert "2.9 MiB of the originals left the device" in text
     assert "4 layers are quantized anew at each call, since hooks change them" in text
     assert "quantized earlier" in text
+
+
+# 2:4 sparse
+
+
+class SparseCall:
+    """A call of a model that says what it is asked for."""
+
+    def __init__(self, made, asked):
+        self.made, self.asked = made, asked
+
+    @contextlib.contextmanager
+    def observing(self, pruner, attempt):
+        self.asked.append(attempt)
+        yield
+
+    @contextlib.contextmanager
+    def pruning(self, pruner):
+        self.asked.append("pruned")
+        yield self.made
+
+
+def sparse_run(made, evaluations):
+    """A run's object after these evaluations, True for one that is made again; and what two calls in each asked for."""
+    run = Quantize("2:4 sparse").begin(Run(CPU_MODEL, Steps((1.0, 0.0)), lambda percent: percent))
+    asked = []
+    for step, is_again in enumerate(evaluations):
+        is_observed = run.observes(Evaluation(step, 1.0, is_again=is_again))
+        for _ in range(2):
+            assert run.apply_model(SparseCall(made, asked), lambda: "output") == "output"
+        assert is_observed == (asked[-1] != "pruned")
+    return run, asked
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "expected"),
+    [
+        ([False, False], [1, 1, "pruned", "pruned"]),
+        ([False, True, False], [1, 1, 2, 2, "pruned", "pruned"]),
+        ([False, False, True], [1, 1, *["pruned"] * 4]),
+    ],
+)
+def test_the_first_evaluation_is_observed_also_when_it_is_made_again(evaluations, expected):
+    assert sparse_run(Pruned(), evaluations)[1] == expected
+
+
+def test_what_became_of_the_layers_is_told():
+    made = Pruned(10, 9 * 2**20, Counter(), 16 * 2**20, elapsed_s=2.0, errors={"a": 0.01, "b": 0.04}, work=0.5)
+    assert sparse_run(made, [False, False])[0].verdict() == (
+        "active",
+        "2:4 sparse: 10 of 10 linear layers, 9.0 MiB in place of 16 MiB (56%); 50% of the multiplications of the "
+        "layers that it is for; outputs lose 4.0% at most; beside the originals, which stay in memory; pruned in 2.0 s",
+    )
+    made.why_dense = "a CPU has no kernels for it"
+    text = sparse_run(made, [False, False])[0].verdict()[1]
+    assert text.endswith("computed dense, so no faster and no smaller, since a CPU has no kernels for it")
+    run, _ = sparse_run(Pruned(left=Counter({"small": 3})), [False, False])
+    assert run.verdict() == ("inert", "pruned none of 3 linear layers; left out: 3 small")
+    assert "the run had one evaluation" in sparse_run(made, [False])[0].verdict()[1]
+    assert "the model was not called" in sparse_run(made, [])[0].verdict()[1]

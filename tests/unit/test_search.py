@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from slipstream_pack.nodes.measuring.search import CHECKS, Candidate, Dial, Level, Search, exhaustive
-from slipstream_pack.nodes.measuring.trials import EXACT, Interleaved, Log, Trial, from_data
+from slipstream_pack.nodes.measuring.trials import EXACT, Interleaved, Log, LostError, Spread, Task, Trial, from_data
 
 FLOOR = 0.95
 PROMPTS, SEEDS = 2, 3
@@ -392,3 +394,97 @@ def test_trials_are_kept_as_plain_data():
     log = Log()
     Machine(spoiled=lambda one, picture: "NaN" if "cutoff" in one.key else None).search(log).run()
     assert from_data(json.loads(json.dumps(log.as_data(), allow_nan=False))) == log.trials
+
+
+def spread(log, machines, lost=lambda error: None):
+    """A search on several machines at once, whose pictures are the same."""
+    references = set()
+    for machine in machines:
+        machine.references = references
+    devices = [Interleaved(machine.run, log, references.__contains__) for machine in machines]
+    measure = Spread(devices, lost)
+    return Search(DIALS, PICTURES, fresh, log, measure, FLOOR, 20), measure
+
+
+class OneOfSeveral(Machine):
+    """One whose runs take time, so that the others get some too; after the first one it waits, if it has what for."""
+
+    awaited = None
+
+    def run(self, task):
+        time.sleep(0.002)
+        if self.awaited is not None and self.ran:
+            assert self.awaited.wait(5)
+        return super().run(task)
+
+
+def fleet(count):
+    """Machines of one kind, one slower than the other: their pictures are the same, their times are not."""
+    machines = [OneOfSeveral(noise=0.0, exact_s=1.0 + number) for number in range(count)]
+    for number, machine in enumerate(machines):
+        machine.session = f"session {number}"
+    return machines
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_machines_find_what_one_does_and_measure_nothing_twice(count):
+    log, machines = Log(), fleet(count)
+    search, measure = spread(log, machines)
+    found = search.run()
+    assert found.best == Machine(noise=0.0).search().run().best
+    assert found.checks[-1].holds
+    assert len(measure.left) == count
+    assert len(log.trials) == sum(len(machine.ran) for machine in machines)
+    ran = Counter(run for machine in machines for run in machine.ran if run[0] != EXACT)
+    assert set(ran.values()) == {1}
+    for one in search.tried():
+        assert log.ratio(one.key) == pytest.approx(machines[0].ratio(one))
+
+
+class Lost(OneOfSeveral):
+    """One that is gone after so many runs."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gone = threading.Event()
+
+    def run(self, task):
+        try:
+            return super().run(task)
+        except StoppedError:
+            self.gone.set()
+            raise LostError("machine 1 is gone") from None
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_what_a_lost_machine_was_at_is_run_by_another(after):
+    log, lost = Log(), []
+    machines = [*fleet(1), Lost(noise=0.0, stops_after=after)]
+    machines[1].session = "session 1"
+    # So that the other one gets something to do.
+    machines[0].awaited = machines[1].gone
+    search, measure = spread(log, machines, lost.append)
+    ones = search.every()[:6]
+    measure([Task(one.key, PICTURES[0], one) for one in ones], PICTURES, True)
+    assert [str(error) for error in lost] == ["machine 1 is gone"]
+    assert len(measure.left) == 1
+    assert len(machines[1].ran) == after
+    ran = [trial.plan for trial in log.trials if trial.plan != EXACT]
+    assert sorted(ran) == sorted(one.key for one in ones)
+    assert len(log.trials) == sum(len(machine.ran) for machine in machines)
+    # And the search goes on with the one that is left.
+    assert search.run().best == Machine(noise=0.0).search().run().best
+
+
+def test_where_no_machine_is_left_what_was_measured_is_kept():
+    log = Log()
+    search, _ = spread(log, [Lost(noise=0.0, stops_after=after) for after in (4, 7)])
+    with pytest.raises(LostError, match="no machine is left"):
+        search.run()
+    assert len(log.trials) == 11
+
+
+def test_another_error_ends_the_search_on_all_machines():
+    search, _ = spread(Log(), [Machine(noise=0.0, stops_after=5), *fleet(1)])
+    with pytest.raises(StoppedError):
+        search.run()

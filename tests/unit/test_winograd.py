@@ -207,8 +207,8 @@ class Convolution:
         return self.known[key]
 
 
-def begin(form="auto", bf16=False):
-    return Winograd(form, bf16).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent))
+def begin(form="auto", bf16=False, filters_mib=0):
+    return Winograd(form, bf16, filters_mib).begin(Run(CPU, Steps((1.0, 0.0)), lambda percent: percent))
 
 
 def test_measuring_in_turn_leaves_out_what_is_far_behind():
@@ -327,6 +327,37 @@ def test_without_memory_for_filters_the_hosts_own_runs(form, monkeypatch):
     state, text = run.verdict()
     assert state == "inert"
     assert "1 shape (1 call): filters would take more than they may (0 MiB, half of what was to spare)" in text
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(0, 3), (3, 3), (2.5, 2), (1, 1), (0.9, 0)])
+def test_a_bound_that_is_set_holds_for_those_that_come_first(bound, kept, monkeypatch):
+    """In each call anew the same."""
+    monkeypatch.setattr(winograd, "MIB", 1)
+    size = Form(4).filter_bytes(Convolution().weight)
+    run, calls = begin("F(4x4)", filters_mib=int(bound * size)), [Convolution() for _ in range(3)]
+    for _ in range(2):
+        outputs = [run.convolution(call) for call in calls]
+        assert [not torch.equal(y, call.host()) for y, call in zip(outputs, calls, strict=True)] == [
+            number < kept for number in range(3)
+        ]
+    assert sum(run.kept.values()) == kept * size
+    text = run.verdict()[1]
+    assert (f"filters would take more than they may ({int(bound * size)} MiB)" in text) == (kept < 3)
+
+
+def test_within_a_bound_what_fits_is_taken_where_the_fastest_does_not(monkeypatch):
+    monkeypatch.setattr(winograd, "MIB", 1)
+    faster = (Form(4), Direct(torch.bfloat16))
+    seconds = {HOST: 3.0, **dict.fromkeys(map(str, faster), 1.0)}
+    monkeypatch.setattr(winograd, "choose", lambda *_: Choice(faster, seconds))
+    run, call = begin(bf16=True, filters_mib=8 * 8 * 9 * 2), Convolution()
+    assert torch.equal(run.convolution(call), convolve_directly(call))
+
+
+@pytest.mark.parametrize("bound", [-1, 1 << 21])
+def test_a_bound_that_means_nothing_is_refused(bound):
+    with pytest.raises(ValueError, match="Winograd: filters_mib must be"):
+        Winograd(filters_mib=bound)
 
 
 def test_patched_weights_are_left_to_the_host():

@@ -34,6 +34,7 @@ const BYPASSED = 4
 const PAUSE_MS = 1000
 /** How long a worker may take to answer: one that computes answers late. */
 const PATIENCE_MS = 10_000
+const TOAST_MS = 20_000
 
 const STRINGS = {
   en: {
@@ -177,6 +178,10 @@ async function begin() {
   for (const worker of workers.values()) close(worker)
   await readWorkers()
   await lookAtAll()
+  for (const { name, hasPack, trouble } of workers.values())
+    // The prompt will be refused, with a dialog of the host over the nodes.
+    if (hasPack === false)
+      app.extensionManager.toast.add({ severity: 'error', summary: OURS, detail: `${name}: ${trouble.text}`, life: TOAST_MS })
 }
 
 /** Asks the workers again and again, for as long as the prompt runs here or on one of them, and once more. */

@@ -237,6 +237,11 @@ def is_host_s(code: Any) -> bool:
     return f"{code.__module__}.".startswith("comfy.") and f"{made_in}.".startswith(("comfy.", "torch."))
 
 
+def is_ours(code: Any) -> bool:
+    """Whether a function or method is the pack's own."""
+    return str(code.__module__).startswith(OURS)
+
+
 def is_others(module: torch.nn.Module) -> bool:
     """Whether a module's class is neither the host's, nor torch's, nor ours."""
     name = f"{type(module).__module__}."

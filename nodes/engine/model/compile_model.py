@@ -514,8 +514,8 @@ def _weights(module: nn.Module) -> str:
 
 
 def is_quantized(unet: nn.Module) -> bool:
-    """Whether other tensors than torch's own stand in for some weights."""
-    return any(hasattr(weight, "__tensor_flatten__") for weight in unet.parameters())
+    """Whether other tensors stand in for some weights, torch's own or not."""
+    return any(hasattr(weight, "__tensor_flatten__") or hasattr(weight, "is_stand_in") for weight in unet.parameters())
 
 
 def _blocks(unet: Any) -> Iterator[tuple[int, nn.Module]]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ...methods.method import Attention, Made, Quantized, Quantizer
+from ...methods.method import Attention, Made, Pruned, Pruner, Quantized, Quantizer
 from ..host import artifacts, machine
 from ..plan import models
 from . import attention, patches
+from .pruned import PrunedLayers
 from .quantized import QuantizedLayers, QuantizedWeights
 from .weights import Casts, FusedQKV
 
@@ -134,6 +135,24 @@ class HostModelCall:
             return QuantizedLayers(host.patcher, host.paths, host.hooked, quantizer, dtype, kept)
 
         layers = host.once((QuantizedLayers, quantizer, dtype), make)
+        with layers.installed():
+            yield layers.made
+
+    def _pruned(self, pruner: Pruner) -> PrunedLayers:
+        host, dtype = self._host, self.dtype
+        # Nothing is kept for the next run: what weights become depends on what this one computes.
+        make = lambda: PrunedLayers(host.patcher, host.paths, host.hooked, pruner, dtype)  # noqa: E731
+        layers: PrunedLayers = host.once((PrunedLayers, pruner, dtype), make)
+        return layers
+
+    @contextlib.contextmanager
+    def observing(self, pruner: Pruner, attempt: int) -> Iterator[None]:
+        with self._pruned(pruner).observing(attempt):
+            yield
+
+    @contextlib.contextmanager
+    def pruning(self, pruner: Pruner) -> Iterator[Pruned]:
+        layers = self._pruned(pruner)
         with layers.installed():
             yield layers.made
 

@@ -1,11 +1,11 @@
-"""A model's linear layers with quantized weights, for the calls of one run."""
+"""A model's linear layers with other weights in the places of their own, for the calls of one run: quantized ones."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import time
-from collections.abc import Hashable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import nn
 
-from ...methods.method import Quantized, Quantizer
+from ...methods.method import Pruner, Quantized, Quantizer
 from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -70,16 +70,16 @@ class _Layer:
     own: StandIn | None = None
 
 
-class QuantizedLayers:
-    """The linear layers of a model in one run.
+class Layers:
+    """The linear layers of a model in one run, and what takes the places of their weights.
 
     Args:
         patcher: that of the model, whose weights are loaded and patched.
         paths: the model's modules, as they are between calls, with their paths.
         hooked: the paths of the weights that hooks may patch between two calls.
-        quantizer: which layers, and how.
+        sorter: which layers.
         dtype: what the model computes in.
-        kept: holds what earlier runs made.
+        made: counts what is done.
     """
 
     def __init__(
@@ -87,83 +87,63 @@ class QuantizedLayers:
         patcher: Any,
         paths: Mapping[nn.Module, str],
         hooked: Set[str],
-        quantizer: Quantizer,
+        sorter: Quantizer | Pruner,
         dtype: torch.dtype,
-        kept: QuantizedWeights,
+        made: Quantized,
     ):
-        self.made = Quantized()
         self._patcher = patcher
-        self._paths = paths
         self._hooked = hooked
         self._device: torch.device = patcher.load_device
-        self._quantizer = quantizer
+        self._sorter = sorter
         self._dtype = dtype
+        self._counted = made
         self._is_installed = False
-        self._layers = list(self._chosen())
-        # Another method may have cast some of them for this call.
-        dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
-        self._kept = kept.of((models.weights_version(patcher), dtype, dtypes, self._device))
-        self.made.modules = len(self._layers)
-        self.made.hooked = sum(layer.is_hooked for layer in self._layers)
-        self._quantize_all()
-
-    def _chosen(self) -> Iterator[_Layer]:
-        for layer, path, why in sorted_out(self._paths, self._quantizer):
+        self._layers: list[_Layer] = []
+        for layer, path, why in sorted_out(paths, sorter):
             if why is None:
-                yield _Layer(path, layer, not self._hooked.isdisjoint((f"{path}.weight", f"{path}.bias")))
+                is_hooked = not hooked.isdisjoint((f"{path}.weight", f"{path}.bias"))
+                self._layers.append(_Layer(path, layer, is_hooked))
             else:
-                self.made.left[why] += 1
-                self.made.left_bytes[why] += _bytes(layer.weight)
+                self._leave(layer, why)
 
-    def _quantize_all(self) -> None:
-        patcher, unloading = self._patcher, Unloading(self._patcher)
-        is_offloading = (
+    def _leave(self, layer: nn.Linear, why: str) -> None:
+        self._counted.left[why] += 1
+        self._counted.left_bytes[why] += _bytes(layer.weight)
+
+    @property
+    def _is_offloading(self) -> bool:
+        patcher = self._patcher
+        return (
             has_own_memory(self._device)
             # Hooks are patched in where the weights are.
             and not self._hooked
             # DynamicVRAM lets go of what is not used by itself.
             and not getattr(patcher, "is_dynamic", lambda: False)()
-            and self._quantizer.should_offload(bool(patcher.model.model_lowvram))
+            and self._sorter.should_offload(bool(patcher.model.model_lowvram))
         )
-        for layer in self._layers:
-            # Else its own weights come when the hooks go.
-            if not layer.is_hooked or patcher.current_hooks is None:
-                self._quantize(layer)
-                if is_offloading:
-                    unloading.add(layer.module)
-        self.made.offloaded_bytes = unloading.end()
 
-    def _quantize(self, layer: _Layer) -> StandIn:
-        """A layer's own weights, quantized now if no earlier run did."""
-        stand_in = self._kept.get(layer.path)
-        if stand_in is None:
-            began = time.perf_counter()
-            stand_in = self._kept[layer.path] = self._as_they_are(layer.module)
-            self.made.elapsed_s += time.perf_counter() - began
-        layer.own = stand_in
-        self.made.extra_bytes += _bytes(stand_in.weight)
-        self.made.original_bytes += _bytes(layer.module.weight)
-        return stand_in
+    def _count(self, layer: _Layer, stand_in: StandIn) -> None:
+        self._counted.extra_bytes += _bytes(stand_in.weight)
+        self._counted.original_bytes += _bytes(layer.module.weight)
 
     @torch.no_grad()
-    def _as_they_are(self, module: Any) -> StandIn:
-        """A layer's weights quantized as they are now, patches included."""
+    def _made_of(self, module: Any, make: Callable[[torch.Tensor], nn.Parameter | None]) -> StandIn | None:
+        """What is made of a layer's weight as it is now, patches included; None if nothing is."""
         dtype = self._dtype if module.comfy_cast_weights else module.weight.dtype
         # The host brings them to the device, from wherever they are, and patches them.
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module, dtype=dtype, device=self._device, bias_dtype=dtype, offloadable=True
         )
         try:
+            made = make(weight.detach())
             kept_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-            return StandIn(self._quantizer.quantize(weight.detach()), kept_bias)
+            return None if made is None else StandIn(made, kept_bias)
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
     def _now(self, layer: _Layer) -> StandIn:
         """What stands in for a layer in this call."""
-        if layer.is_hooked and self._patcher.current_hooks is not None:
-            return self._as_they_are(layer.module)
-        return layer.own or self._quantize(layer)
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -191,7 +171,68 @@ class QuantizedLayers:
             self._is_installed = False
 
 
-def sorted_out(paths: Mapping[nn.Module, str], quantizer: Quantizer) -> Iterator[tuple[nn.Linear, str, str | None]]:
+class QuantizedLayers(Layers):
+    """Those with quantized weights.
+
+    Args:
+        patcher, paths, hooked, quantizer, dtype: as those of `Layers`.
+        kept: holds what earlier runs made.
+    """
+
+    def __init__(
+        self,
+        patcher: Any,
+        paths: Mapping[nn.Module, str],
+        hooked: Set[str],
+        quantizer: Quantizer,
+        dtype: torch.dtype,
+        kept: QuantizedWeights,
+    ):
+        self.made = Quantized()
+        super().__init__(patcher, paths, hooked, quantizer, dtype, self.made)
+        self._quantizer = quantizer
+        # Another method may have cast some of them for this call.
+        dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
+        self._kept = kept.of((models.weights_version(patcher), dtype, dtypes, self._device))
+        self.made.modules = len(self._layers)
+        self.made.hooked = sum(layer.is_hooked for layer in self._layers)
+        self._quantize_all()
+
+    def _quantize_all(self) -> None:
+        unloading, is_offloading = Unloading(self._patcher), self._is_offloading
+        for layer in self._layers:
+            # Else its own weights come when the hooks go.
+            if not layer.is_hooked or self._patcher.current_hooks is None:
+                self._quantize(layer)
+                if is_offloading:
+                    unloading.add(layer.module)
+        self.made.offloaded_bytes = unloading.end()
+
+    def _quantize(self, layer: _Layer) -> StandIn:
+        """A layer's own weights, quantized now if no earlier run did."""
+        stand_in = self._kept.get(layer.path)
+        if stand_in is None:
+            began = time.perf_counter()
+            stand_in = self._kept[layer.path] = self._as_they_are(layer.module)
+            self.made.elapsed_s += time.perf_counter() - began
+        layer.own = stand_in
+        self._count(layer, stand_in)
+        return stand_in
+
+    def _as_they_are(self, module: nn.Linear) -> StandIn:
+        stand_in = self._made_of(module, self._quantizer.quantize)
+        assert stand_in is not None
+        return stand_in
+
+    def _now(self, layer: _Layer) -> StandIn:
+        if layer.is_hooked and self._patcher.current_hooks is not None:
+            return self._as_they_are(layer.module)
+        return layer.own or self._quantize(layer)
+
+
+def sorted_out(
+    paths: Mapping[nn.Module, str], sorter: Quantizer | Pruner
+) -> Iterator[tuple[nn.Linear, str, str | None]]:
     """The linear layers of a model with their paths, and why each stays as it is: None if it is quantized.
 
     What a model is made of are its lists of blocks with attention. Other lists hold what is before and after them: the
@@ -205,7 +246,7 @@ def sorted_out(paths: Mapping[nn.Module, str], quantizer: Quantizer) -> Iterator
     )
     for layer, path in paths.items():
         if isinstance(layer, nn.Linear):
-            yield layer, path, _unsuited(layer) or quantizer.leaves_out(path, layer, path.startswith(blocks))
+            yield layer, path, _unsuited(layer) or sorter.leaves_out(path, layer, path.startswith(blocks))
 
 
 def _has_attention(module: nn.Module) -> bool:

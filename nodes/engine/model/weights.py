@@ -401,7 +401,10 @@ def _not_fused(module: Any, device: torch.device) -> str | None:
     for layer in (module.to_q, module.to_k, module.to_v):
         if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__ or layer.bias is not None:
             return "another node replaced their projections"
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+        if hooks and all(map(machine.is_ours, hooks)):
+            return "Quantize Model prunes their projections"
+        if hooks:
             return "another node has a hook in their projections"
         why = kept_as_is(layer, device)
         if why is not None:

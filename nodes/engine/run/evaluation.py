@@ -11,6 +11,9 @@ import torch
 from ...methods.method import Evaluation, Steps
 from ..plan.record import Record
 
+OBSERVED = "a method looks at what layers are given in the first evaluation"
+"""Why something did not run compiled."""
+
 
 class Now:
     """Where a run stands.
@@ -70,6 +73,11 @@ class Now:
         self._most = max(self._most, self.evaluation.predictions)
         self.record.full_predictions = self._most * self.record.evaluations
         self.record.reused += self.evaluation.is_cached
+
+    @property
+    def compiles(self) -> bool:
+        """Whether what is compiled may run: in an evaluation of which no method looks inside."""
+        return self.evaluation is not None and not self.evaluation.is_observed
 
     def count_call(self, conditions: int, model: Hashable) -> None:
         """A batch of conditions goes through the network: through one of its copies, if it has several."""

@@ -9,7 +9,7 @@ from typing import Any
 from ...methods.method import MethodRun
 from ..host.artifacts import Keeper
 from ..plan import models
-from .evaluation import Now
+from .evaluation import OBSERVED, Now
 
 
 class ModelCalls:
@@ -57,6 +57,9 @@ class ModelCalls:
         """A call that runs compiled, inside all that other methods do around it. UNets are compiled where they are
         called."""
         if models.is_image_unet(module):
+            return run()
+        if not self._now.compiles:
+            self.compiling.tally.eager[OBSERVED] += 1
             return run()
         from ..model.compile_model import ModelCall
 

@@ -114,6 +114,7 @@ class SamplingRun:
         keeper: artifacts.Keeper = guider.model_patcher.get_attachment(artifacts.ATTACHMENT)
         self.around_evaluation: MethodRun | None = None
         self.conditions = Conditions(self.now, guider)
+        self.observers: list[MethodRun] = []
         self.judges: list[MethodRun] = []
         self.model_calls = ModelCalls(self.now, self._patchers, keeper)
         self.unet_calls = UNetCalls(self.now, self._patchers, keeper)
@@ -157,6 +158,7 @@ class SamplingRun:
         self.around_evaluation = next(iter(self._taking_part("predict_noise")), None)
         # The other way round than elsewhere: which conditions are reused is asked only of an evaluation that is made.
         self.conditions.around = self._taking_part("conditions")[::-1]
+        self.observers = self._taking_part("observes")
         self.judges = self._taking_part("accepts")
         self.model_calls.around = self._taking_part("apply_model")
         self.unet_calls.around = next(iter(self._taking_part("unet")), None)
@@ -199,6 +201,7 @@ class SamplingRun:
         self.conditions.end()
         self.model_calls.end()
         self.methods.clear()
+        self.observers.clear()
         self.judges.clear()
         self.around_evaluation = self.memory = self.now.evaluation = None
 
@@ -247,6 +250,9 @@ class SamplingRun:
         evaluation = self.now.begin_evaluation(x.shape, timestep, devices)
         guidance = HostGuidance(executor, self.guider, x, timestep, model_options, seed, evaluation.sigma)
         while True:
+            # Each is asked: they count.
+            observed = [method.observes(evaluation) for method in self.observers]
+            evaluation.is_observed = any(observed)
             around = self.around_evaluation
             denoised = guidance.guided() if around is None else around.predict_noise(evaluation, guidance)
             if all(method.accepts(evaluation, denoised) for method in self.judges):

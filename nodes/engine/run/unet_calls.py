@@ -10,7 +10,7 @@ import torch
 
 from ...methods.method import MethodRun
 from ..host.artifacts import Keeper
-from .evaluation import Now
+from .evaluation import OBSERVED, Now
 
 
 class UNetCalls:
@@ -75,8 +75,10 @@ class UNetCalls:
             call: Any = HostUNetCall(
                 executor, x, timesteps, context, y, control, options, kwargs, now.latent, now.occurrences
             )
-            if self._compiling is not None:
+            if self._compiling is not None and now.compiles:
                 call = self._compiling.around(call)
+            elif self._compiling is not None:
+                self._compiling.tally.eager[OBSERVED] += 1
         with self._convolving(executor.class_obj):
             return call.full()[0] if method is None else method.unet(evaluation, call)
 
