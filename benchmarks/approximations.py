@@ -38,7 +38,7 @@ SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 weight-only")
 def settings(architecture: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Method, label, node and inputs of each setting."""
     if architecture == "transformer":
-        yield "Precision", "bf16", "SlipstreamPrecision", {"dtype": "bf16"}
+        yield "Precision", "bf16", "SlipstreamPrecision", {"compute_dtype": "bf16"}
         for scheme in SCHEMES:
             yield "Quantize Model", scheme, "SlipstreamQuantize", {"scheme": scheme, "min_features": 0}
     else:
