@@ -1,6 +1,7 @@
-"""What the approximations cost, on pictures that mean something: the demo model's.
+"""What the approximations cost, on pictures that mean something: the demo models'.
 
     python benchmarks/approximations.py      # in the environment that `./slipstream env` names
+    python benchmarks/approximations.py --architecture transformer
 
 Every setting samples the same prompts at the same seeds as the exact run. SSIM and PSNR tell how near each picture is
 to the exact one; the Frechet distance tells how near the set is to the exact set, whatever the single pictures do. Its
@@ -11,11 +12,11 @@ other seeds, whose pictures are other ones of the same kind. Times are for the B
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,24 @@ BRANCHES = (0, 3)
 SCHEDULES = ("uniform", "quadratic")
 CUTOFFS = (0.25, 0.5, 0.75, 1.0)
 VERSIONS = ("v1", "v2")
+SCHEMES = ("int8 dynamic", "int8 weight-only", "fp8 weight-only")
+"""Those that a CPU has."""
 
 
-def settings() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+def settings(architecture: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Method, label, node and inputs of each setting."""
-    for schedule in SCHEDULES:
-        for branch in BRANCHES:
-            for interval in INTERVALS:
-                values = {"cache_interval": interval, "cache_branch_id": branch, "schedule": schedule}
-                yield f"DeepCache, {schedule}", f"interval {interval}, branch {branch}", "SlipstreamDeepCache", values
+    if architecture == "transformer":
+        yield "Precision", "bf16", "SlipstreamPrecision", {"compute_dtype": "bf16"}
+        for scheme in SCHEMES:
+            yield "Quantize Model", scheme, "SlipstreamQuantize", {"scheme": scheme, "min_features": 0}
+    else:
+        for schedule, branch, interval in product(SCHEDULES, BRANCHES, INTERVALS):
+            values = {"cache_interval": interval, "cache_branch_id": branch, "schedule": schedule}
+            yield f"DeepCache, {schedule}", f"interval {interval}, branch {branch}", "SlipstreamDeepCache", values
+        for version in VERSIONS:
+            yield "FreeU", f"{version}, preset auto", "SlipstreamFreeU", {"version": version}
     for cutoff in CUTOFFS:
         yield "CFG Cutoff", f"cutoff {cutoff:g}", "SlipstreamCFGCutoff", {"cutoff": cutoff, "unit": "steps"}
-    for version in VERSIONS:
-        yield "FreeU", f"{version}, preset auto", "SlipstreamFreeU", {"version": version}
 
 
 def features(vae: Any, images: Any) -> Any:
@@ -78,14 +84,14 @@ def frechet_distance(first: Any, second: Any) -> float:
     return max(0.0, float((means[0] - means[1]).square().sum() + spread))
 
 
-def study(count: int, steps: int) -> dict[str, Any]:
+def study(architecture: str, count: int, steps: int) -> dict[str, Any]:
     """Sample everything, and compare."""
     import hosted
     import torch
-    from pictures import CFG, SAMPLER, SCHEDULER, Demo, held_out
+    from pictures import CFG, SAMPLER, Demo, held_out
     from slipstream_pack.nodes.measuring.fidelity import compare
 
-    demo = Demo()
+    demo = Demo(architecture)
     prompts, _ = held_out(count)
 
     def sample(model: Any, seeds: range) -> tuple[Any, Any]:
@@ -97,7 +103,7 @@ def study(count: int, steps: int) -> dict[str, Any]:
     _, others = sample(demo.model, range(count, 2 * count))
     floor = frechet_distance(exact_features, others)
     rows = []
-    for method, label, node, values in settings():
+    for method, label, node, values in settings(architecture):
         images, seen = sample(hosted.run_node(node, demo.model, **values), range(count))
         each = [compare(a, b, a[None], b[None]) for a, b in zip(exact, images, strict=True)]
         # Equal pictures have none.
@@ -115,10 +121,16 @@ def study(count: int, steps: int) -> dict[str, Any]:
         )
         print(table_row(rows[-1]), flush=True)
     about = f"{count} prompts of combinations that training held out, a seed each, {steps} steps of {SAMPLER}, "
-    about += f"{SCHEDULER}, cfg {CFG:g}; demo model, 256x256"
+    about += f"{demo.scheduler()}, cfg {CFG:g}; demo model, 256x256"
     machine = hosted.engine("host.machine").describe(torch.device("cpu"))
-    weights = hashlib.sha256(hosted.engine("demo_model").FILE.read_bytes()).hexdigest()
-    return {"about": about, "machine": machine, "weights": weights, "frechet_other_seeds": floor, "rows": rows}
+    return {
+        "about": about,
+        "architecture": architecture,
+        "machine": machine,
+        "weights": demo.digest,
+        "frechet_other_seeds": floor,
+        "rows": rows,
+    }
 
 
 def table_row(row: dict[str, Any]) -> str:
@@ -132,9 +144,9 @@ def table_row(row: dict[str, Any]) -> str:
 def to_markdown(found: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        "# What the approximations cost",
+        f"# What the approximations cost: {found['architecture']}",
         "",
-        f"{found['about']}. `python benchmarks/approximations.py` repeats it.",
+        f"{found['about']}. `python benchmarks/approximations.py --architecture {found['architecture']}` repeats it.",
         "",
         "![Chart](chart.svg)",
         "",
@@ -171,16 +183,20 @@ def draw_chart(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
+    parser.add_argument(
+        "--architecture", default="UNet", choices=["UNet", "transformer"], help="(default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done
 
     load_all()
-    found = study(arguments.count, arguments.steps)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
-    (RESULTS / "README.md").write_text(to_markdown(found))
-    draw_chart(found, RESULTS / "chart.svg")
+    found = study(arguments.architecture, arguments.count, arguments.steps)
+    folder = RESULTS if arguments.architecture == "UNet" else RESULTS.with_name("approximations-transformer")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "README.md").write_text(to_markdown(found))
+    draw_chart(found, folder / "chart.svg")
     print(f"\n{to_markdown(found)}")
 
 

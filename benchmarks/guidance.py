@@ -2,7 +2,7 @@
 
     python benchmarks/guidance.py            # in the environment that `./slipstream env` names; hours on two cores
     python benchmarks/guidance.py --count 8  # a look
-    python benchmarks/guidance.py --model transformer
+    python benchmarks/guidance.py --architecture transformer
 
 Every setting samples the same prompts at the same seeds as the exact run, one picture at a time: each decides for
 itself. Predictions are the conditions that go through the network: two for a guided evaluation, one for the positive
@@ -12,7 +12,6 @@ alone. Each setting is held against a plain cutoff with as many, interpolated be
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
@@ -27,15 +26,15 @@ RESULTS = Path(__file__).parent / "results" / "guidance"
 
 from loading import load_all
 
-SAMPLERS = {"euler": "normal", "dpmpp_2m": "karras", "euler_ancestral": "normal"}
-MODELS = ("UNet", "transformer")
-CUTOFFS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral")
+CUTOFFS = (0.9, 0.8, 0.65, 0.5)
 PLAIN = "cutoff"
+ADAPTIVE = "adaptive"
 FLOOR = 0.98
-"""The SSIM that `adaptive` is to hold, on at least `SHARE` of the prompts, at each of `SCALES`."""
+"""The SSIM that `adaptive` is to hold, on at least `SHARE` of the prompts, at each scale of guidance."""
 SHARE = 0.95
-SCALES = (3.0, 5.0, 8.0)
-ADAPTIVE = (0.04, 0.06, 0.08)
+CFG = 5.0
+OTHER_SCALES = (3.0, 8.0)
 
 
 def settings() -> list[tuple[str, dict[str, dict[str, Any]], float]]:
@@ -44,28 +43,20 @@ def settings() -> list[tuple[str, dict[str, dict[str, Any]], float]]:
     found: list[tuple[str, dict[str, dict[str, Any]], float]] = [
         (PLAIN, {"CFGCutoff": {"cutoff": cutoff}}, 1.0) for cutoff in CUTOFFS
     ]
-    found += [("start", {"CFGCutoff": {**whole, "start": start}}, 1.0) for start in (0.05, 0.1, 0.15)]
     found += [
-        ("interval", {"CFGCutoff": {"start": start, "cutoff": cutoff}}, 1.0)
-        for start, cutoff in ((0.05, 0.8), (0.05, 0.6), (0.1, 0.7))
+        ("start", {"CFGCutoff": {**whole, "start": 0.05}}, 1.0),
+        ("interval", {"CFGCutoff": {"start": 0.05, "cutoff": 0.8}}, 1.0),
     ]
-    found += [("reuse", {"CFGCutoff": {**whole, "reuse_every": every}}, 1.0) for every in (2, 3, 4, 5)]
-    found += [("adaptive", {"CFGCutoff": {**whole, "adaptive": value}}, 1.0) for value in ADAPTIVE]
+    found += [("reuse", {"CFGCutoff": {**whole, "reuse_every": every}}, 1.0) for every in (2, 3, 5)]
+    found += [(ADAPTIVE, {"CFGCutoff": {**whole, "adaptive": value}}, 1.0) for value in (0.04, 0.06)]
+    found += [("reuse and cutoff", {"CFGCutoff": {"cutoff": cutoff, "reuse_every": 3}}, 1.0) for cutoff in (0.8, 0.5)]
+    forecast = {"Forecast": {"error_budget": 0.05}}
     found += [
-        ("reuse and cutoff", {"CFGCutoff": {"cutoff": cutoff, "reuse_every": 3}}, 1.0) for cutoff in (0.9, 0.8, 0.6)
+        ("reuse and adaptive", {"CFGCutoff": {**whole, "reuse_every": 3, "adaptive": 0.06}}, 1.0),
+        ("Forecast", forecast, 1.0),
+        ("Forecast and reuse", {**forecast, "CFGCutoff": {**whole, "reuse_every": 3}}, 1.0),
+        ("fewer steps", {}, 0.8),
     ]
-    found += [
-        ("reuse and adaptive", {"CFGCutoff": {**whole, "reuse_every": 3, "adaptive": value}}, 1.0) for value in ADAPTIVE
-    ]
-    for budget in (0.05, 0.1):
-        forecast = {"Forecast": {"error_budget": budget}}
-        found += [
-            ("Forecast", forecast, 1.0),
-            ("Forecast and reuse", {**forecast, "CFGCutoff": {**whole, "reuse_every": 3}}, 1.0),
-            ("Forecast and adaptive", {**forecast, "CFGCutoff": {**whole, "adaptive": 0.06}}, 1.0),
-            ("Forecast and cutoff", {**forecast, "CFGCutoff": {"cutoff": 0.8}}, 1.0),
-        ]
-    found += [("fewer steps", {}, share) for share in (0.8, 0.7)]
     return found
 
 
@@ -79,18 +70,14 @@ def told(nodes: dict[str, dict[str, Any]], steps: int) -> str:
 class Study:
     """A demo model, and what its exact runs give."""
 
-    def __init__(self, model: str, count: int, steps: int):
+    def __init__(self, architecture: str, count: int, steps: int):
         import hosted
         import pictures
 
         # Each picture decides for itself what it can spare.
         pictures.BATCH = 1
         self.count, self.steps = count, steps
-        self.demo = pictures.Demo()
-        if model != MODELS[0]:
-            self.demo.model, self.demo.clip, self.demo.vae = hosted.execute(
-                "SlipstreamDemoModel", architecture=model
-            ).result
+        self.demo = pictures.Demo(architecture)
         self.prompts, _ = pictures.held_out(64)
         self.predictions = 0
         self.demo.model.model.diffusion_model.register_forward_hook(self._count)
@@ -107,43 +94,27 @@ class Study:
         self.predictions = 0
         latents = self.demo.sample(
             self.prompts[: self.count], range(self.count), model=model, steps=steps, cfg=cfg, sampler=sampler,
-            scheduler=SAMPLERS[sampler],
         )  # fmt: skip
         return self.demo.decode(latents), self.predictions / self.count
 
-    def rows(self, sampler: str, cfg: float) -> list[dict[str, Any]]:
-        """Every setting with one sampler."""
+    def rows(self, sampler: str, cfg: float, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Every setting of some methods, or of all, with one sampler."""
         exact, full = self.sample(sampler, {}, self.steps, cfg)
         found = []
         for method, nodes, share in settings():
+            if methods and method not in methods:
+                continue
             steps = round(self.steps * share)
             images, predictions = self.sample(sampler, nodes, steps, cfg)
             each = likeness(exact, images)
             found.append(
                 {
-                    "sampler": sampler, "method": method, "setting": told(nodes, steps), "predictions": predictions,
-                    "full": full, "ssim": statistics.mean(each), "ssim_worst": min(each), "pictures": self.count,
+                    "sampler": sampler, "cfg": cfg, "method": method, "setting": told(nodes, steps),
+                    "predictions": predictions, "full": full, "ssim": statistics.mean(each), "ssim_worst": min(each),
+                    "held": sum(one >= FLOOR for one in each) / len(each), "pictures": self.count,
                 }
             )  # fmt: skip
             print(row_of(found[-1]), flush=True)
-        return found
-
-    def held(self, sampler: str, cfg: float) -> list[dict[str, Any]]:
-        """What `adaptive` holds at one scale of guidance."""
-        exact, full = self.sample(sampler, {}, self.steps, cfg)
-        found = []
-        for value in ADAPTIVE:
-            nodes = {"CFGCutoff": {"cutoff": 1.0, "adaptive": value}}
-            images, predictions = self.sample(sampler, nodes, self.steps, cfg)
-            each = likeness(exact, images)
-            found.append(
-                {
-                    "sampler": sampler, "cfg": cfg, "adaptive": value, "predictions": predictions, "full": full,
-                    "held": sum(one >= FLOOR for one in each) / len(each), "ssim": statistics.mean(each),
-                    "ssim_worst": min(each), "pictures": self.count,
-                }
-            )  # fmt: skip
-            print(held_row(found[-1]), flush=True)
         return found
 
 
@@ -180,8 +151,9 @@ def row_of(row: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
 
 def held_row(row: dict[str, Any]) -> str:
     """One value's line of the table of `adaptive`."""
+    value = row["setting"].split()[1]
     return (
-        f"| {row['adaptive']:g} | {row['sampler']} | {row['cfg']:g} | {row['predictions']:.1f} of {row['full']:.0f} "
+        f"| {value} | {row['sampler']} | {row['cfg']:g} | {row['predictions']:.1f} of {row['full']:.0f} "
         f"| {100 * row['held']:.0f} % | {row['ssim']:.4f} / {row['ssim_worst']:.4f} |"
     )
 
@@ -190,14 +162,16 @@ def to_markdown(models: dict[str, dict[str, Any]]) -> str:
     """The page."""
     lines = ["# Guidance: where, and how often", "", "`python benchmarks/guidance.py` repeats it.", ""]
     for name, found in models.items():
+        rows = [row for row in found["rows"] if row["cfg"] == CFG]
+        held = sorted((row for row in found["rows"] if row["method"] == ADAPTIVE), key=lambda row: row["setting"])
         lines += [
             f"## {name}", "", f"{found['about']}.", "", f"![Chart]({chart_name(name)})", "",
             "SSIM to the exact image, mean and worst; beside it that of a plain cutoff with as many predictions.", "",
             "| sampler | method | setting | predictions | SSIM | plain cutoff |", "|---|---|---|---|---|---|",
-            *(row_of(row, found["rows"]) for row in found["rows"]), "",
+            *(row_of(row, rows) for row in rows), "",
             f"What `adaptive` holds: the share of pictures with an SSIM of {FLOOR} at least.", "",
             "| adaptive | sampler | cfg | predictions | held | SSIM |", "|---|---|---|---|---|---|",
-            *(held_row(row) for row in found["held"]), "",
+            *(held_row(row) for row in held), "",
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -225,43 +199,41 @@ def draw_chart(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=MODELS[0], choices=MODELS, help="the demo model's architecture")
+    parser.add_argument(
+        "--architecture", default="UNet", choices=["UNet", "transformer"], help="(default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done
 
     load_all()
     import hosted
-    import pictures
     import torch
 
-    study = Study(arguments.model, arguments.count, arguments.steps)
+    study = Study(arguments.architecture, arguments.count, arguments.steps)
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "figures.json"
     models = json.loads(file.read_text()) if file.exists() else {}
     # Samplers that are not run again keep their figures.
-    before = models.get(arguments.model, {"rows": [], "held": []})
-    kept = {
-        name: [row for row in before[name] if row["sampler"] not in arguments.samplers] for name in ("rows", "held")
-    }
+    before = models.get(arguments.architecture, {"rows": []})["rows"]
+    rows = [row for row in before if row["sampler"] not in arguments.samplers]
     for sampler in arguments.samplers:
-        kept["rows"] += study.rows(sampler, pictures.CFG)
-        for cfg in SCALES:
-            kept["held"] += study.held(sampler, cfg)
-        for rows in kept.values():
-            rows.sort(key=lambda row: list(SAMPLERS).index(row["sampler"]))
-        kept["held"].sort(key=lambda row: row["adaptive"])
-        counts = " or ".join(map(str, sorted({row["pictures"] for row in kept["rows"]})))
+        rows += study.rows(sampler, CFG)
+        for cfg in OTHER_SCALES:
+            rows += study.rows(sampler, cfg, [ADAPTIVE])
+        rows.sort(key=lambda row: SAMPLERS.index(row["sampler"]))
+        counts = " or ".join(map(str, sorted({row["pictures"] for row in rows})))
         about = f"{counts} prompts of combinations that training held out, a seed each, {arguments.steps} steps, "
-        about += f"cfg {pictures.CFG:g}; demo model, 256x256"
+        about += f"cfg {CFG:g}; demo model, 256x256"
         machine = hosted.engine("host.machine").describe(torch.device("cpu"))
-        weights = hashlib.sha256(hosted.engine("demo_model").FILE.read_bytes()).hexdigest()
-        models[arguments.model] = {"about": about, "machine": machine, "weights": weights, **kept}
+        models[arguments.architecture] = {
+            "about": about, "machine": machine, "weights": study.demo.digest, "rows": rows,
+        }  # fmt: skip
         file.write_text(json.dumps(models, indent=1) + "\n")
         (RESULTS / "README.md").write_text(to_markdown(models))
-        draw_chart(kept["rows"], RESULTS / chart_name(arguments.model))
+        draw_chart([row for row in rows if row["cfg"] == CFG], RESULTS / chart_name(arguments.architecture))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from .engine import node_schema
-from .engine.demo_model import load
+from .engine.demo_model import ARCHITECTURES, load
 
 
 class SlipstreamDemoModel(io.ComfyNode):
@@ -12,18 +12,30 @@ class SlipstreamDemoModel(io.ComfyNode):
             display_name="Demo Model (Slipstream)",
             category="Slipstream/loaders",
             description=(
-                "A small SD 1.5-shaped model that comes with the pack: landscapes of 256x256 in a few seconds, on any "
-                "machine, with nothing to download. It knows some twenty words, and lists them when it runs."
+                "A small model that comes with the pack, in the shape of SD 1.5 or as a transformer: landscapes of "
+                "256x256 in a few seconds, on any machine, with nothing to download. It knows some twenty words, and "
+                "lists them when it runs."
             ),
             search_aliases=["demo", "try", "example", "checkpoint", "tiny", "toy"],
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "architecture",
+                    options=list(ARCHITECTURES),
+                    default=ARCHITECTURES[0],
+                    optional=True,
+                    tooltip=(
+                        "UNet: SD 1.5 in small. transformer: AuraFlow in small, a diffusion transformer with flow "
+                        "matching, as most newer models are. Both know the same words and use the same VAE."
+                    ),
+                ),
+            ],
             outputs=[
-                io.Model.Output(tooltip="The diffusion model, in the shape of SD 1.5."),
+                io.Model.Output(tooltip="The diffusion model."),
                 io.Clip.Output(tooltip="Its text encoder, for CLIPTextEncode."),
                 io.Vae.Output(tooltip="Its VAE, in TAESD's architecture."),
             ],
         )
 
     @classmethod
-    def execute(cls):
-        return load(cls)
+    def execute(cls, architecture=ARCHITECTURES[0]):
+        return load(cls, architecture)

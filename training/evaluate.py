@@ -1,4 +1,4 @@
-"""Whether the demo model draws what it is told: `./slipstream train --evaluate`.
+"""Whether the demo models draw what they are told: `./slipstream train --evaluate`.
 
 Captions of combinations that were held out of training, sampled by the host's sampler, on the CPU; a judge that saw
 only the generator's pictures reads the attributes back. Writes the figures and a sheet of pictures into `results/`,
@@ -7,6 +7,7 @@ and fails where the model or the judge is worse than it must be.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ STEPS = (3, 6, 12, 30)
 JUDGED = "the generator's own pictures"
 GUIDED, SHUFFLED, UNGUIDED = "guided, 30 steps", "guided, 30 steps, captions shuffled", "unguided, 30 steps"
 CHANCE = "by chance"
-LEAST = {JUDGED: 0.98, GUIDED: 0.90}
+LEAST = {"UNet": {JUDGED: 0.98, GUIDED: 0.90}, "transformer": {JUDGED: 0.98, GUIDED: 0.85}}
 """The least share of pictures in which every attribute is the caption's."""
 NEAR_CHANCE = 0.05
 SHEET = (
@@ -36,6 +37,15 @@ SHEET_SEEDS = (1, 2, 3, 4, 5)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", nargs="+", default=list(LEAST), choices=list(LEAST))
+    for architecture in parser.parse_args().architectures:
+        print(f"{architecture}:")
+        evaluate(architecture)
+
+
+def evaluate(architecture: str) -> None:
+    """Judge one of the two."""
     from loading import load_all
 
     load_all()
@@ -46,7 +56,7 @@ def main() -> None:
     from scenes import ATTRIBUTES, draw_on
     from train import JUDGE
 
-    demo, judge = Demo(), Judge.load(JUDGE)
+    demo, judge = Demo(architecture), Judge.load(JUDGE)
     figures: dict[str, dict[str, float]] = {}
 
     def tell(name: str, attributes: float, whole: float) -> None:
@@ -77,10 +87,11 @@ def main() -> None:
     rows = pictures.unflatten(0, (len(SHEET), len(SHEET_SEEDS)))
     sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows], dim=0)
     RESULTS.mkdir(exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(RESULTS / "sheet.jpg", quality=88)
-    (RESULTS / "agreement.json").write_text(json.dumps(figures, indent=2) + "\n")
+    suffix = "" if architecture == "UNet" else f"-{architecture}"
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(RESULTS / f"sheet{suffix}.jpg", quality=88)
+    (RESULTS / f"agreement{suffix}.json").write_text(json.dumps(figures, indent=2) + "\n")
 
-    for name, least in LEAST.items():
+    for name, least in LEAST[architecture].items():
         if figures[name]["whole_captions"] < least:
             raise SystemExit(f"{name}: should be {least:.0%} of whole captions at least")
     if abs(figures[SHUFFLED]["attributes"] - figures[CHANCE]["attributes"]) > NEAR_CHANCE:

@@ -5,6 +5,7 @@ Needs the host and the pack: `tests/loading.py` loads both.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,16 @@ from scenes import caption, draw
 from torch import Tensor
 
 CFG = 5.0
-SAMPLER, SCHEDULER = "dpmpp_2m", "karras"
+SAMPLER = "dpmpp_2m"
 BATCH = 8
 
 
 class Demo:
     """The three parts of the model, as `SlipstreamDemoModel` returns them."""
 
-    def __init__(self) -> None:
-        self.model, self.clip, self.vae = hosted.execute("SlipstreamDemoModel").result
+    def __init__(self, architecture: str = "UNet") -> None:
+        self.architecture = architecture
+        self.model, self.clip, self.vae = hosted.execute("SlipstreamDemoModel", architecture=architecture).result
 
     def sample(
         self,
@@ -33,7 +35,7 @@ class Demo:
         steps: int = 30,
         cfg: float = CFG,
         sampler: str = SAMPLER,
-        scheduler: str = SCHEDULER,
+        scheduler: str | None = None,
     ) -> Tensor:
         """One latent for each prompt and seed: (B, 4, 32, 32). A seed's noise is the same in any batch."""
         found = []
@@ -48,12 +50,25 @@ class Demo:
                     steps=steps,
                     cfg=cfg,
                     sampler=sampler,
-                    scheduler=scheduler,
+                    scheduler=scheduler or self.scheduler(sampler),
                     image=torch.zeros(len(noise), 4, 32, 32),
                     noise=torch.cat(noise),
                 )
             )
         return torch.cat(found)
+
+    def scheduler(self, sampler: str = SAMPLER) -> str:
+        """What most would choose with it."""
+        if self.architecture == "transformer":
+            return "simple"
+        return "karras" if sampler == "dpmpp_2m" else "normal"
+
+    @property
+    def digest(self) -> str:
+        """Of the network's weights: SHA-256 of their file."""
+        files = hosted.engine("demo_model")
+        file = files.FILE if self.architecture == "UNet" else files.TRANSFORMER_FILE
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
     def conditioning(self, prompts: Sequence[str]) -> list[Any]:
         """A batch of prompts as one CONDITIONING."""

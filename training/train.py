@@ -1,9 +1,9 @@
 """Trains the demo model from nothing: `./slipstream train`.
 
-Four stages: the autoencoder, the latents of our pictures, the UNet with its words, and the judge that tells whether
-pictures show what their captions say. Each is kept in a file of a work folder, which is that of these very sources
-and steps, so that a run that was stopped begins again with the stage it was in. An hour and a quarter on two CPU
-cores, minutes on a GPU. It ends by writing the model and the judge into the pack; `evaluate.py` then samples it.
+Five stages: the autoencoder, the latents of our pictures, the UNet with its words, the transformer over both, and the
+judge that tells whether pictures show what their captions say. Each is kept in a file of a work folder, which is that
+of these very sources and steps, so that a run that was stopped begins again with the stage it was in. Some hours on two
+CPU cores, minutes on a GPU. It ends by writing the models and the judge into the pack; `evaluate.py` then samples them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "slipstream-demo.safetensors"
+TRANSFORMER = WEIGHTS.with_stem("slipstream-demo-transformer")
 JUDGE = Path(__file__).with_name("judge.safetensors")
 
-STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "judge": 1200}
+STEPS = {"autoencoder": 7000, "pictures": 5120, "denoiser": 4600, "transformer": 4000, "finished": 300, "judge": 1200}
 """How long each stage takes."""
-SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "judge": 3_000_000}
+SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "transformer": 4, "finished": 5, "judge": 3_000_000}
 """Far apart, so that no two stages see the same picture."""
 
 
@@ -35,12 +36,13 @@ def load_host(comfyui: Path, is_cpu: bool) -> None:
     args.use_pytorch_cross_attention = True
 
 
-def train(folder: Path, weights: Path, judge: Path, device: Any, steps: Mapping[str, int]) -> None:
-    """Run the stages that aren't done yet, and write the model and the judge."""
+def train(folder: Path, weights: Path, transformer: Path, judge: Path, device: Any, steps: Mapping[str, int]) -> None:
+    """Run the stages that aren't done yet, and write the models and the judge."""
     import autoencoder
     import diffusion
     import judge as judging
     import torch
+    import transformer as flow
     from comfy.taesd.taesd import TAESD
     from safetensors.torch import load_file
 
@@ -70,7 +72,14 @@ def train(folder: Path, weights: Path, judge: Path, device: Any, steps: Mapping[
     def denoiser() -> dict[str, torch.Tensor]:
         return diffusion.train(latents / deviation, choices, steps["denoiser"], device, SEEDS["denoiser"]).state_dict()
 
-    export(weights, taesd, stage("denoiser", denoiser), latents, deviation)
+    learned = stage("denoiser", denoiser)
+    export(weights, taesd, learned, latents, deviation)
+
+    def over_the_same_words(name: str, before: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        given = latents / deviation, choices, learned["words.weight"]
+        return stage(name, lambda: flow.train(*given, steps[name], device, SEEDS[name], before).state_dict())
+
+    export_transformer(transformer, over_the_same_words("finished", over_the_same_words("transformer")))
     save(stage("judge", lambda: judging.train(steps["judge"], device, SEEDS["judge"]).state_dict()), judge)
 
 
@@ -115,12 +124,25 @@ def export(file: Path, taesd: Any, denoiser: Mapping[str, Any], latents: Any, de
         "size": latents.shape[-1] * 8,
         "latent_rgb": latent_rgb(latents[:64].float(), deviation, taesd.taesd_decoder),
     }
+    save_halved(tensors, file, "Slipstream demo model", header)
+
+
+def export_transformer(file: Path, weights: Mapping[str, Any]) -> None:
+    """Write the transformer beside it. Words and VAE are those of the first file."""
+    import transformer
+
+    tensors = {f"model.diffusion_model.{name}": value for name, value in weights.items()}
+    save_halved(tensors, file, "Slipstream demo transformer", {"transformer_config": transformer.CONFIG})
+
+
+def save_halved(tensors: Mapping[str, Any], file: Path, title: str, header: Mapping[str, Any]) -> None:
+    """Write weights as float16, with what they are."""
     save(
         {name: value.half() for name, value in tensors.items()},
         file,
         {
             **{name: json.dumps(value) for name, value in header.items()},
-            "title": "Slipstream demo model",
+            "title": title,
             "license": "GPL-3.0-or-later",
             "description": "Trained on pictures drawn by the Slipstream pack's training/scenes.py alone.",
         },
@@ -151,6 +173,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where the work folders are")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the model's file")
+    parser.add_argument("--transformer", type=Path, default=TRANSFORMER, help="the transformer's file")
     parser.add_argument("--judge", type=Path, default=JUDGE, help="the judge's file")
     parser.add_argument("--share", type=float, default=1.0, help="do this share of each stage's steps, to try it out")
     arguments = parser.parse_args()
@@ -160,7 +183,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load_host(arguments.comfyui, is_cpu=device.type == "cpu")
     steps = {name: max(4, round(count * arguments.share)) for name, count in STEPS.items()}
-    train(arguments.folder / fingerprint(steps), arguments.weights, arguments.judge, device, steps)
+    train(
+        arguments.folder / fingerprint(steps), arguments.weights, arguments.transformer, arguments.judge, device, steps
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The demo model: a small latent diffusion model that comes with the pack, as the host's MODEL, CLIP and VAE.
 
-`training/` made its one file and says there, in the header, what it is: the UNet's configuration, the words it
-was trained on, and how its latents look as colours.
+`training/` made its files and says there, in their headers, what they are: the UNet's configuration, the words it
+was trained on, and how its latents look as colours; and, in a second file, the transformer's, which reads the same
+words and makes the same latents.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import torch
-from comfy import model_management, model_patcher, ops, sd1_clip, supported_models
+from comfy import latent_formats, model_management, model_patcher, ops, sd1_clip, supported_models
 from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,9 @@ from .telling import verdicts
 logger = logging.getLogger(__name__)
 
 FILE = Path(__file__).parents[2] / "weights" / "slipstream-demo.safetensors"
-UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+TRANSFORMER_FILE = FILE.with_stem("slipstream-demo-transformer")
+ARCHITECTURES = ("UNet", "transformer")
+NETWORK, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 
 MEANINGS = {
     "dusk": "sunset",
@@ -80,7 +83,7 @@ QUOTED = 60
 
 @dataclass(frozen=True)
 class Demo:
-    """What the file holds.
+    """What the files hold.
 
     Attributes:
         weights: the state dict, with the prefixes of a checkpoint.
@@ -89,6 +92,7 @@ class Demo:
         length: tokens that the model reads at a time.
         size: side of the pictures it was trained on, in pixels.
         latent_rgb: for each latent channel its red, green and blue, and the colour of zeros: for previews.
+        transformer_config: the transformer's, if `weights` are that one's.
     """
 
     weights: dict[str, Tensor]
@@ -97,33 +101,45 @@ class Demo:
     length: int
     size: int
     latent_rgb: tuple[list[list[float]], list[float]]
+    transformer_config: dict[str, Any] | None = None
 
     @classmethod
-    def read(cls) -> Demo:
-        """Raises RuntimeError where the file is missing or damaged."""
-        try:
-            with safe_open(FILE, framework="pt") as file:
-                header = file.metadata()
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            return cls(weights, **{name: json.loads(header[name]) for name in cls.__annotations__ if name != "weights"})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RuntimeError(
-                f"Demo Model: expected its weights in {FILE.parent.name}/{FILE.name} of the pack's folder, but they "
-                f"are missing or damaged ({error}). Install the pack again."
-            ) from error
+    def read(cls, architecture: str = ARCHITECTURES[0]) -> Demo:
+        """Raises RuntimeError where a file is missing or damaged."""
+        weights, header = _read(FILE, ("unet_config", "words", "length", "size", "latent_rgb"))
+        if architecture == "transformer":
+            weights = {name: value for name, value in weights.items() if not name.startswith(NETWORK)}
+            network, also = _read(TRANSFORMER_FILE, ("transformer_config",))
+            weights |= network
+            header |= also
+        return cls(weights, **header)
 
     @property
     def about(self) -> str:
         """What it is, for a verdict."""
-        count = sum(value.numel() for value in self.part(UNET).values())
+        count = sum(value.numel() for value in self.part(NETWORK).values())
+        what = "" if self.transformer_config is None else "a transformer (AuraFlow's, flow matching) of "
         return (
-            f"{count / 1e6:.1f} M parameters, trained on pictures of {self.size}x{self.size}. "
+            f"{what}{count / 1e6:.1f} M parameters, trained on pictures of {self.size}x{self.size}. "
             f"Words it knows: {listed(self.words)}"
         )
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The weights of the UNet, the text encoder or the VAE."""
+        """The weights of the diffusion model, the text encoder or the VAE."""
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
+
+
+def _read(file: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata()
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
+        return weights, {name: json.loads(header[name]) for name in names}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"Demo Model: expected its weights in {file.parent.name}/{file.name} of the pack's folder, but they "
+            f"are missing or damaged ({error}). Install the pack again."
+        ) from error
 
 
 def listed(words: Sequence[str]) -> str:
@@ -138,16 +154,30 @@ class DemoFamily(supported_models.SD15):
 
     def __init__(self, demo: Demo) -> None:
         super().__init__(demo.unet_config)
-        self.latent_format.latent_rgb_factors, self.latent_format.latent_rgb_factors_bias = demo.latent_rgb
-        # SD's own preview decoder would draw noise.
-        self.latent_format.taesd_decoder_name = None
+        _preview(self.latent_format, demo)
 
 
-def load_model(demo: Demo | None = None, disable_dynamic: bool = False) -> Any:
+class DemoAuraFlow(supported_models.AuraFlow):
+    """AuraFlow in small, over the same latents as the UNet."""
+
+    latent_format = latent_formats.SD15
+
+    def __init__(self, demo: Demo) -> None:
+        super().__init__(demo.transformer_config)
+        _preview(self.latent_format, demo)
+
+
+def _preview(latent_format: Any, demo: Demo) -> None:
+    latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = demo.latent_rgb
+    # SD's own preview decoder would draw noise.
+    latent_format.taesd_decoder_name = None
+
+
+def load_model(architecture: str = ARCHITECTURES[0], demo: Demo | None = None, disable_dynamic: bool = False) -> Any:
     """The MODEL. The host calls this again where it wants a copy of its own (hooks, compiling, several GPUs)."""
-    demo = demo or Demo.read()
-    config = DemoFamily(demo)
-    weights = demo.part(UNET)
+    demo = demo or Demo.read(architecture)
+    config = DemoFamily(demo) if demo.transformer_config is None else DemoAuraFlow(demo)
+    weights = demo.part(NETWORK)
     count = comfy.utils.calculate_parameters(weights)
     device, types = model_management.get_torch_device(), list(config.supported_inference_dtypes)
     dtype = model_management.unet_dtype(model_params=count, supported_dtypes=types, weight_dtype=torch.float16)
@@ -157,7 +187,7 @@ def load_model(demo: Demo | None = None, disable_dynamic: bool = False) -> Any:
         model, load_device=device, offload_device=model_management.unet_offload_device()
     )
     model.load_model_weights(weights, **supported(model.load_model_weights, assign=machine.is_dynamic(patcher)))
-    patcher.cached_patcher_init = (load_model, ())
+    patcher.cached_patcher_init = (load_model, (architecture,))
     return patcher
 
 
@@ -189,12 +219,12 @@ def load_vae(demo: Demo | None = None) -> comfy.sd.VAE:
     return vae
 
 
-def load(node: type[io.ComfyNode]) -> io.NodeOutput:
+def load(node: type[io.ComfyNode], architecture: str) -> io.NodeOutput:
     """The node's output: all three, and what it is."""
     source = node_of(node)
     try:
-        demo = Demo.read()
-        loaded = load_model(demo), load_clip(demo, source), load_vae(demo)
+        demo = Demo.read(architecture)
+        loaded = load_model(architecture, demo), load_clip(demo, source), load_vae(demo)
     except RuntimeError as error:
         verdicts.publish_refused(source, error)
         raise

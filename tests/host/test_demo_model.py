@@ -1,4 +1,4 @@
-"""The model that comes with the pack: as the host's MODEL, CLIP and VAE, with the host's own nodes and ours."""
+"""The models that come with the pack: as the host's MODEL, CLIP and VAE, with the host's own nodes and ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import logging
 import sys
 from functools import partial
 
+import comfy.model_base
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import hosted
 import pytest
@@ -35,11 +37,25 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def exact(demo):
+def transformer():
+    return Demo("transformer")
+
+
+def exactly(demo):
     """Eight captions that training never saw, their choices, and 20 exact steps."""
     prompts, choices = held_out(8)
     latents = demo.sample(prompts, range(8), steps=20)
     return prompts, choices, latents, demo.decode(latents)
+
+
+@pytest.fixture(scope="module")
+def exact(demo):
+    return exactly(demo)
+
+
+@pytest.fixture(scope="module")
+def exact_transformer(transformer):
+    return exactly(transformer)
 
 
 def encoded(demo, text):
@@ -48,9 +64,10 @@ def encoded(demo, text):
 
 def test_it_is_small():
     assert demo_model.FILE.stat().st_size < 16e6
-    parts = {prefix: demo_model.Demo.read().part(prefix) for prefix in (demo_model.UNET, demo_model.VAE)}
+    assert demo_model.FILE.stat().st_size + demo_model.TRANSFORMER_FILE.stat().st_size < 40e6
+    parts = {prefix: demo_model.Demo.read().part(prefix) for prefix in (demo_model.NETWORK, demo_model.VAE)}
     size = {prefix: sum(value.nbytes for value in part.values()) for prefix, part in parts.items()}
-    assert size[demo_model.UNET] < 9e6
+    assert size[demo_model.NETWORK] < 9e6
     assert size[demo_model.VAE] < 5.1e6
 
 
@@ -60,6 +77,18 @@ def test_the_engine_and_other_packs_see_an_sd15_model(demo):
     assert described.depth == 8
     assert isinstance(demo.model.model.model_config, comfy.supported_models.SD15)
     assert demo.vae.latent_channels == 4
+
+
+def test_the_engine_and_other_packs_see_a_transformer(transformer, demo):
+    described = engine("plan.models").describe(transformer.model, transformer.model.model_options)
+    assert described.family is None
+    assert isinstance(transformer.model.model.model_config, comfy.supported_models.AuraFlow)
+    assert transformer.model.model.model_type is comfy.model_base.ModelType.FLOW
+    # The same words and the same VAE: a workflow changes the model alone.
+    assert torch.equal(transformer.clip.encode(HOUSE), demo.clip.encode(HOUSE))
+    latent = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(transformer.vae.decode(latent), demo.vae.decode(latent))
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +101,11 @@ def test_the_judge_knows_what_the_generator_drew(judge):
     assert agreement(judge.read(pictures), scenes.choices)[1] >= 30 / 32
 
 
-def test_pictures_show_what_their_captions_say_and_less_so_in_two_steps(judge, demo, exact):
-    prompts, choices, _, images = exact
+@pytest.mark.parametrize("architecture", ["UNet", pytest.param("transformer", marks=pytest.mark.long)])
+def test_pictures_show_what_their_captions_say_and_less_so_in_two_steps(architecture, judge, request):
+    is_unet = architecture == "UNet"
+    demo = request.getfixturevalue("demo" if is_unet else "transformer")
+    prompts, choices, _, images = request.getfixturevalue("exact" if is_unet else "exact_transformer")
     seen = judge.read(images.movedim(-1, 1))
     assert agreement(seen, choices)[0] > 0.9
     # By chance it is about 0.4.
@@ -108,6 +140,20 @@ def test_what_approximations_cost(demo, exact, node, values, ssim):
     compared = fidelity.compare(latents, found, images, demo.decode(found))
     assert not compared.is_identical
     assert compared.ssim > ssim
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("node", "values", "ssim"),
+    [
+        ("SlipstreamForecast", {}, 0.99),
+        ("SlipstreamPrecision", {"compute_dtype": "bf16"}, 0.99),
+        ("SlipstreamCFGCutoff", {"cutoff": 0.75, "unit": "steps"}, 0.98),
+        ("SlipstreamQuantize", {"scheme": "int8 dynamic", "min_features": 0}, 0.99),
+    ],
+)
+def test_what_approximations_cost_on_the_transformer(transformer, exact_transformer, node, values, ssim):
+    test_what_approximations_cost(transformer, exact_transformer, node, values, ssim)
 
 
 def test_a_seed_is_a_picture(demo):
@@ -181,22 +227,24 @@ def test_the_node_tells_what_it_knows_and_what_it_ignored(last_lines, caplog):
     assert len(text) < 100
 
 
+@pytest.mark.parametrize("which", ["FILE", "TRANSFORMER_FILE"])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "another file"])
-def test_weights_that_cannot_be_read_are_told_on_the_node(damage, tmp_path, monkeypatch, last_lines):
-    file = tmp_path / "slipstream-demo.safetensors"
+def test_weights_that_cannot_be_read_are_told_on_the_node(damage, which, tmp_path, monkeypatch, last_lines):
+    whole = getattr(demo_model, which)
+    file = tmp_path / whole.name
     if damage == "cut short":
-        file.write_bytes(demo_model.FILE.read_bytes()[:1000])
+        file.write_bytes(whole.read_bytes()[:1000])
     if damage == "another file":
         comfy.utils.save_torch_file({"weight": torch.zeros(1)}, str(file), metadata={"format": "pt"})
-    monkeypatch.setattr(demo_model, "FILE", file)
-    with pytest.raises(RuntimeError, match=r"Demo Model: expected its weights in .*missing or damaged.*Install"):
-        hosted.execute("SlipstreamDemoModel", "5")
+    monkeypatch.setattr(demo_model, which, file)
+    with pytest.raises(RuntimeError, match=rf"Demo Model: expected its weights in .*{file.name}.*damaged.*Install"):
+        hosted.execute("SlipstreamDemoModel", "5", architecture="transformer")
     assert last_lines("5")[0][0] == "failed"
 
 
-def test_the_host_can_make_copies_of_its_own(demo, monkeypatch):
+def test_the_host_can_make_copies_of_its_own(demo, transformer):
     """As hooks, core's TorchCompileModel and several GPUs have it do."""
-    for patcher in (demo.model, demo.clip.patcher, demo.vae.patcher):
+    for patcher in (demo.model, transformer.model, demo.clip.patcher, demo.vae.patcher):
         make, arguments = patcher.cached_patcher_init
         copy = make(*arguments)
         assert copy.model is not patcher.model
