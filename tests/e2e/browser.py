@@ -353,7 +353,15 @@ class Page:
         # While pictures arrive the cards move, also from under the pointer.
         name = f"template-workflow-{title}"
         is_closed = "(name) => !document.querySelector(`[data-testid='${name}']`)"
-        self._until(dialog.get_by_test_id(name).click, is_closed, name)
+        card, cards = dialog.get_by_test_id(name), dialog.locator("[data-testid^='template-workflow-']")
+        # It draws those further down as one comes near them.
+        for _ in range(50):
+            if card.count():
+                break
+            if cards.count():
+                cards.last.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(100)
+        self._until(card.click, is_closed, name)
         is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
         self.page.wait_for_function(is_open, arg=title)
         self.settle()

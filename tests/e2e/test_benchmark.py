@@ -202,6 +202,7 @@ def test_in_the_light_theme(open_page, workflow):
     assert not page.problems()
 
 
+@pytest.mark.long
 @classic_only
 def test_the_nodes_show_the_candidates_own_verdict_once(page, workflow):
     page.load(workflow.data)

@@ -70,6 +70,7 @@ LONG = {
     "5 - Offload SDXL in stages",
     "5 - Precision and Attention on SDXL",
     "5 - Quantize and compile SDXL",
+    "5 - Tiled VAE - 4K on a small card",
 }
 """Another one is of the same nodes. They are opened all the same."""
 

@@ -636,6 +636,20 @@ def test_seeds_that_come_again_are_compared_once_and_must_give_the_same(model, b
     assert not report["variants"][1]["problems"]
 
 
+@pytest.fixture
+def timed_by_rows(monkeypatch):
+    """Runs take as long as they have rows through the network: rivals are matched by time where that says less."""
+    subject = hosted.engine("benchmark").Subject
+    real = subject.run
+
+    def run(self, *args):
+        measured = real(self, *args)
+        return replace(measured, seconds=0.1 * measured.rows)
+
+    monkeypatch.setattr(subject, "run", run)
+
+
+@pytest.mark.usefixtures("timed_by_rows")
 def test_rivals_do_as_much_work_as_the_candidate(model, benchmark, vae, last_lines):
     with Counter(model) as counter:
         report = report_of(benchmark(model, carrying(model, "SlipstreamCFGCutoff"), vae=vae, rivals=True, runs=1))
@@ -679,6 +693,7 @@ def test_what_works_within_an_evaluation_is_matched_by_its_time(share, model, be
         assert (report["done"], report["total"]) == (4, 4)
 
 
+@pytest.mark.usefixtures("timed_by_rows")
 @pytest.mark.parametrize(
     ("error", "told"), [(ImportError("gone"), "this ComfyUI has none"), (PlantedError("no"), "PlantedError: no")]
 )

@@ -173,7 +173,7 @@ PATCHES = {
     ("name", "scope"),
     [
         *((name, "blocks") for name in PATCHES),
-        *((pytest.param if name == "LoRA" else long)(name, "model") for name in PATCHES),
+        *(long(name, "model") for name in PATCHES),
     ],
 )
 def test_no_graph_is_used_for_what_it_was_not_made_for(name, scope, model, tallies):
@@ -214,7 +214,7 @@ SHORT = ("resolution", "prompt length")
     [
         *((pytest.param if name in SHORT else long)(name, "blocks") for name in INPUTS),
         # A whole UNet takes as long as all blocks to trace, for each.
-        *((pytest.param if name == "resolution" else long)(name, "model") for name in INPUTS),
+        *(long(name, "model") for name in INPUTS),
     ],
 )
 def test_other_inputs_get_graphs_of_their_own_named_in_the_verdict(name, scope, tiniest, fresh, tallies):
@@ -243,7 +243,7 @@ def test_a_third_size_needs_new_graphs_only_where_sizes_are_not_dynamic(dynamic,
 
 
 @pytest.mark.parametrize(
-    ("control", "scope"), [("with", "blocks"), ("both", "model"), long("with", "model"), long("both", "blocks")]
+    ("control", "scope"), [("with", "blocks"), long("both", "model"), long("with", "model"), long("both", "blocks")]
 )
 def test_controlnet_is_followed_and_can_come_and_go(control, scope, model):
     net = controlnet(model)
@@ -458,7 +458,7 @@ def test_nothing_of_dynamos_settings_is_left_changed(tiniest):
 def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     told = []
     verdicts = hosted.engine("telling.verdicts")
-    monkeypatch.setattr(verdicts, "publish_lines", lambda where, node, lines, *_: told.extend(lines.values()))
+    monkeypatch.setattr(verdicts, "publish_lines", lambda where, node, lines, *_, **__: told.extend(lines.values()))
     alone = hosted.compiling("backends").ALL["eager"]
     slow = type(alone).compile_graph
 

@@ -75,14 +75,14 @@ def wire(patcher, names):
 
 
 SHORT = ("SlipstreamForecast", "SlipstreamCFGCutoff", "SlipstreamDeepCache")
-"""Those that know conditions apart. With all of them go the others."""
+"""Those that know conditions apart."""
 
 
 @pytest.mark.parametrize(
     "names",
     [
         *(pytest.param((name,), marks=[] if name in SHORT else [pytest.mark.long]) for name in METHODS),
-        tuple(METHODS),
+        pytest.param(tuple(METHODS), marks=pytest.mark.long),
     ],
     ids="+".join,
 )

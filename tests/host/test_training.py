@@ -80,7 +80,7 @@ def test_the_noise_schedule_is_the_hosts():
     assert torch.allclose(((1 - cumulative) / cumulative).sqrt(), sigmas, rtol=1e-4)
 
 
-@pytest.mark.parametrize("network", [diffusion, transformer])
+@pytest.mark.parametrize("network", [diffusion, pytest.param(transformer, marks=pytest.mark.long)])
 def test_it_learns(network, monkeypatch):
     """Sixty steps on one latent tell more of its noise than none."""
     generator = torch.Generator().manual_seed(0)

@@ -350,7 +350,8 @@ def test_a_method_that_breaks_the_pictures_of_one_prompt_only_is_found_out_and_t
     assert report["checks"][-1]["holds"]
 
 
-@pytest.mark.parametrize("at", [6, *(pytest.param(at, marks=pytest.mark.long) for at in (3, 9, 13))])
+@pytest.mark.long
+@pytest.mark.parametrize("at", [3, 6, 9, 13])
 def test_a_machine_that_slows_down_in_the_middle_changes_nothing_and_is_told(at, model, tuned, planted, folders):
     pace = [1.0]
 
@@ -379,7 +380,7 @@ def test_a_machine_that_slows_down_in_the_middle_changes_nothing_and_is_told(at,
     assert any(line.startswith("the machine was faster or slower after") for line in slowed["told"])
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.long), True], ids=["compiles", "fails"])
 def test_a_compiler(fails, model, tuned, short, monkeypatch):
     """What it takes the first time is told apart; one that fails costs its own plans alone."""
     table = hosted.method("tune")
@@ -496,6 +497,7 @@ def test_further_prompts_are_tried_too(model, tuned, runs):
     assert len({run[3] for run in runs}) == 2
 
 
+@pytest.mark.long
 def test_methods_that_are_on_the_model_stay_and_are_part_of_what_is_exact(model, tuned):
     freeu = run_node("SlipstreamFreeU", model, "5", preset="SD 1.5")
     output = tuned(freeu, seeds=1)
