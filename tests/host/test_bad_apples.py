@@ -67,7 +67,7 @@ part("compiling.backends").missing_dynamo = lambda: None
 told["backends"] = reasons()
 told["quantize"] = part("methods.quantize").lacking("int8 dynamic", "cpu")
 try:
-    part("engine.benchmark").check_kornia()
+    part("engine.benchmark").check_kornia("Benchmark")
 except RuntimeError as error:
     told["benchmark"] = str(error)
 print(json.dumps(told))
