@@ -580,9 +580,9 @@ class Page:
         return bool(self.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.isModified"))
 
     def saved(self, prompt_id: str, node: NodeId) -> bytes:
-        """The file of the one image that a node saved in a prompt."""
+        """The file of the last image that a node saved in a prompt."""
         outputs = self.page.request.get(f"{self.server.url}/history/{prompt_id}").json()[prompt_id]["outputs"]
-        (image,) = outputs[str(node)]["images"]
+        image = outputs[str(node)]["images"][-1]
         return self.page.request.get(f"{self.server.url}/view", params=image).body()
 
     def shows_image(self, node: NodeId) -> bool:
