@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
+sys.path[:0] = [str(ROOT / part) for part in ("benchmarks", "tests", "tests/host", "training")]
 RESULTS = Path(__file__).parent / "results" / "approximations"
 
+from demo_models import add_architecture
 from loading import load_all
 
 INTERVALS = (2, 3, 5)
@@ -183,9 +184,7 @@ def draw_chart(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
-    parser.add_argument(
-        "--architecture", default="UNet", choices=["UNet", "transformer"], help="(default: %(default)s)"
-    )
+    add_architecture(parser)
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done

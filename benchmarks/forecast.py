@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
+sys.path[:0] = [str(ROOT / part) for part in ("benchmarks", "tests", "tests/host", "training")]
 RESULTS = Path(__file__).parent / "results" / "forecast"
 
+from demo_models import add_architecture
 from loading import load_all
 
 SAMPLERS = ("euler", "dpmpp_2m", "heun", "euler_ancestral", "er_sde", "uni_pc")
@@ -192,9 +193,7 @@ def draw_chart(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
-    parser.add_argument(
-        "--architecture", default="UNet", choices=["UNet", "transformer"], help="(default: %(default)s)"
-    )
+    add_architecture(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[20], help="(default: 20)")
     parser.add_argument("--plans", action="store_true", help="print what the plans of cpu.py --whole keep, and end")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)

@@ -630,9 +630,8 @@ def vae(bench: Any) -> None:
             )
 
 
-def transformer(bench: Any) -> None:
-    """A few of Flux's blocks at full width in bfloat16, 12 steps: eager, with fewer evaluations, quantized weights,
-    attention in eight bits, and compiled."""
+def flux_sampling(bench: Any) -> Callable[..., Any]:
+    """A few of Flux's blocks at full width in bfloat16: what gives the variant of 12 steps with some nodes on them."""
     import hosted
     import small_models
     import torch
@@ -652,6 +651,13 @@ def transformer(bench: Any) -> None:
 
         return make
 
+    return sampling
+
+
+def transformer(bench: Any) -> None:
+    """A few of Flux's blocks at full width in bfloat16, 12 steps: eager, with fewer evaluations, quantized weights,
+    attention in eight bits, and compiled."""
+    sampling = flux_sampling(bench)
     least = {"min_features": 0 if bench.is_tiny else 256}
     compiled = ("CompileModel", {"backend": {"backend": "eager" if bench.is_tiny else "inductor"}})
     found = schemes(bench)
@@ -702,9 +708,7 @@ def sparse(bench: Any) -> None:
     """Single products by kernels for 2:4 sparse weights, and a few of Flux's blocks by them: what they gain, and what
     pruning costs a run of 12 steps. No more is pruned where a bound holds."""
     import hosted
-    import small_models
     import torch
-    from compile import flux, flux_prompt, random_model
 
     dtype = torch.float16 if is_cuda() else torch.float32
     method = hosted.method("semi_structured")
@@ -735,20 +739,7 @@ def sparse(bench: Any) -> None:
         with torch.inference_mode():
             variants = [Variant(name, as_it_is, 0.5), Variant(f"{name}, 2:4", packed, 0.5)]
             compare(bench, variants, 3, name)
-    config = flux(bench.is_tiny)
-    in_small = bench.is_tiny and small_models.build(config, 0, torch.bfloat16, device())
-    model = in_small or random_model(config, torch.bfloat16)
-    prompt = flux_prompt(model, 64)
-    size = 8 if bench.is_tiny else 128
-    latent = torch.zeros(1, 16, size, size)
-
-    def sampling(*nodes: tuple[str, Mapping[str, Any]]) -> Any:
-        def make() -> Callable[[], Any]:
-            patcher = with_nodes(model, *nodes)
-            return lambda: hosted.sample(patcher, prompt, prompt, steps=12, cfg=1.0, scheduler="simple", image=latent)
-
-        return make
-
+    sampling = flux_sampling(bench)
     compiled = ("CompileModel", {"backend": {"backend": "eager" if bench.is_tiny else "inductor"}})
     variants = [
         Variant("Flux's blocks", sampling(), 2),

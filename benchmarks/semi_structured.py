@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "tests/host", "training")]
 
+from demo_models import add_architecture
 from loading import load_all
 from readme import described, publish
 
@@ -175,9 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=32, help="prompts (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument(
-        "--architecture", default="UNet", choices=["UNet", "transformer"], help="(default: %(default)s)"
-    )
+    add_architecture(parser)
     parser.add_argument("--output", type=Path, help="a folder for the figures and a page that shows them")
     arguments = parser.parse_args()
     load_all()
@@ -185,7 +184,7 @@ def main() -> None:
     import torch
     from pictures import Demo, held_out
 
-    demo = Demo() if arguments.architecture == "UNet" else Demo(arguments.architecture)
+    demo = Demo(arguments.architecture)
     prompts, _ = held_out(arguments.count)
     report = {
         "architecture": arguments.architecture,

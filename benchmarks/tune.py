@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "host"), str(ROOT / "training")]
+sys.path[:0] = [str(ROOT / part) for part in ("benchmarks", "tests", "tests/host", "training")]
 RESULTS = Path(__file__).parent / "results" / "tune"
 
+from demo_models import add_architecture
 from loading import load_all
 
 FLOORS = (0.95, 0.99)
-SAMPLERS = {"UNet": {"euler": "normal", "dpmpp_2m": "karras"}, "transformer": {"euler": "simple", "dpmpp_2m": "simple"}}
+SAMPLERS = ("euler", "dpmpp_2m")
 LEVELS = {
     "UNet": {"attention_backend": (1,), "cfg_cutoff": (0, 1, 2), "forecast": (1, 2, 3), "deepcache": (1,)},
     "transformer": {"attention_backend": (0,), "cfg_cutoff": (0, 1, 2, 3), "forecast": (1, 2, 3)},
@@ -106,13 +107,13 @@ def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namesp
     from slipstream_pack.nodes.measuring.trials import Task
 
     table, trying, tune = hosted.method("tune"), hosted.engine("trying"), hosted.engine("tune")
-    demo = pictures.Demo() if architecture == "UNet" else pictures.Demo(architecture)
+    demo = pictures.Demo(architecture)
     texts, _ = pictures.held_out(PROMPTS + arguments.count)
     negative = demo.conditioning([""])
     prompts = [trying.Prompts(demo.conditioning([text]), negative) for text in texts]
     keys = [one.key for one in prompts]
     latent = {"samples": torch.zeros(1, 4, arguments.size // 8, arguments.size // 8)}
-    scheduler = SAMPLERS[architecture][sampler]
+    scheduler = demo.scheduler(sampler)
     call = hosted.engine("benchmark").SamplerCall(
         prompts[0].positive, negative, latent, 1, arguments.steps, pictures.CFG, sampler, scheduler, 1.0, "Tune"
     )
@@ -199,8 +200,8 @@ def to_markdown(found: dict[str, dict[str, Any]], machine: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=list(SAMPLERS), default="UNet", help="(default: %(default)s)")
-    parser.add_argument("--samplers", nargs="+", help="(default: both)")
+    add_architecture(parser)
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="(default: both)")
     parser.add_argument("--count", type=int, default=32, help="unseen prompts (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
@@ -214,7 +215,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for sampler in arguments.samplers or SAMPLERS[arguments.architecture]:
+    for sampler in arguments.samplers:
         file = arguments.output / f"{arguments.architecture}-{sampler}.json"
         with torch.inference_mode():
             figures = held(file, arguments.architecture, sampler, arguments)
