@@ -15,6 +15,7 @@ import comfy.ops
 import numpy
 import torch
 import vocabulary
+from averaging import follow
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.taesd.taesd import TAESD
@@ -159,9 +160,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(EMA, (1 + step) / (10 + step))
+        follow(averaged, model, step, EMA)
         with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
             progress(step, loss=loss, error=error.mean())
     return averaged

@@ -17,6 +17,7 @@ import comfy.ops
 import numpy
 import torch
 import vocabulary
+from averaging import follow
 from comfy.ldm.aura.mmdit import MMDiT
 from comfy.model_sampling import time_snr_shift
 from progress import Progress
@@ -147,10 +148,8 @@ def train(
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        decay = min(EMA, (1 + step) / (10 + step))
+        follow(averaged, model, step, EMA)
         with torch.no_grad():
-            for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
             progress(step, loss=loss)
     return averaged
 
