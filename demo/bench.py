@@ -241,6 +241,25 @@ def started(
     return stack.enter_context(Server(arguments.comfyui, base, output / "server.log", options)), name
 
 
+def write_json(file: Path, data: Any) -> None:
+    """Write what was measured, and say where."""
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(file)
+
+
+def end(report: dict[str, Any], what: str, server: Server) -> None:
+    """End as the node did.
+
+    Raises:
+        RuntimeError: it failed.
+        SystemExit: it was interrupted.
+    """
+    if report["status"] == "failed":
+        raise RuntimeError(f"the {what} failed: {report['reason']}. ComfyUI's log: {server.log}")
+    if report["status"] == "interrupted":
+        sys.exit(130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="slipstream bench")
     parser.add_argument("--comfyui", type=Path, required=True)
@@ -268,12 +287,8 @@ def main() -> None:
         # Text and files are this machine's own.
         data = {key: value for key, value in report.items() if key not in ("markdown", "saved")}
         data = {"command": command, "weights": "random" if arguments.random else "trained", **data}
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        print(arguments.json)
-    if report["status"] == "failed":
-        raise RuntimeError(f"the benchmark failed: {report['reason']}. ComfyUI's log: {server.log}")
-    if report["status"] == "interrupted":
-        sys.exit(130)
+        write_json(arguments.json, data)
+    end(report, "benchmark", server)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,18 @@ DEMO_METHODS = ("DeepCache:cache_interval=2,schedule=quadratic", "CFGCutoff:cuto
 """On the demo model, which is small: settings for SD 1.5 change its pictures."""
 
 
+def add_sampling(parser: argparse.ArgumentParser, seed: str) -> None:
+    """Declare those of one run of the sampler; `seed` is the help of that one."""
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--cfg", type=float, default=7.5, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="euler", help="(default: %(default)s)")
+    parser.add_argument("--scheduler", default="normal", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help=seed)
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="of the square picture (default: what suits the machine)"
+    )
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     model = parser.add_mutually_exclusive_group()
@@ -45,14 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=int, default=1, help="seeds that the rounds take in turn (default: %(default)s)"
     )
     parser.add_argument("--runs", type=int, default=3, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=7.5, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default="euler", help="(default: %(default)s)")
-    parser.add_argument("--scheduler", default="normal", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="of the square picture (default: what suits the machine)"
-    )
+    add_sampling(parser, "(default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for report and pictures (default: the cache folder)"
     )

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench import DEMO_PIXELS, DEMO_POSITIVE, GPU_PIXELS, NEGATIVE, POSITIVE, Graph, Prompt, measure, started
+from bench import (
+    DEMO_PIXELS,
+    DEMO_POSITIVE,
+    GPU_PIXELS,
+    NEGATIVE,
+    POSITIVE,
+    Graph,
+    Prompt,
+    end,
+    measure,
+    started,
+    write_json,
+)
 from tune_options import add_options
 from workspace import run_program
 
@@ -52,6 +63,19 @@ def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argpa
     return graph.prompt
 
 
+def show(report: dict[str, Any], saved: Path | None, output: Path) -> None:
+    """Print a report, and put the plan that was saved into the output folder."""
+    print("\n" + report["markdown"])
+    if saved is not None:
+        (output / "plans").mkdir(exist_ok=True)
+        print(shutil.copyfile(saved, output / "plans" / saved.name))
+
+
+def without_text(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as data alone: its text is there already, as what was printed."""
+    return {name: value for name, value in report.items() if name != "markdown"}
+
+
 def on_cluster(arguments: argparse.Namespace, output: Path, user: Path) -> None:
     """The same on a Ray cluster: a report for each kind of device."""
     from tune_ray import tune_on_cluster
@@ -59,17 +83,13 @@ def on_cluster(arguments: argparse.Namespace, output: Path, user: Path) -> None:
     name = arguments.checkpoint.name if arguments.checkpoint else None
     arguments.size = arguments.size or (GPU_PIXELS if name else DEMO_PIXELS)
 
-    def show(report: dict[str, Any], saved: Path | None) -> None:
-        print("\n" + report["markdown"])
-        if saved is not None:
-            (output / "plans").mkdir(exist_ok=True)
-            print(shutil.copyfile(saved, output / "plans" / saved.name))
+    def found(report: dict[str, Any], saved: Path | None) -> None:
+        show(report, saved, output)
 
-    reports = tune_on_cluster(arguments, user, *texts(arguments, name), show)
+    reports = tune_on_cluster(arguments, user, *texts(arguments, name), found)
     if arguments.json:
-        data = [{key: value for key, value in report.items() if key != "markdown"} for report in reports]
-        arguments.json.write_text(json.dumps(data if len(data) > 1 else data[0], indent=1) + "\n", encoding="utf-8")
-        print(arguments.json)
+        data = [without_text(report) for report in reports]
+        write_json(arguments.json, data if len(data) > 1 else data[0])
     if any(report["status"] == "failed" for report in reports):
         raise RuntimeError("; ".join(f"the search failed: {one['reason']}" for one in reports if one["reason"]))
     if any(report["status"] == "interrupted" for report in reports):
@@ -98,20 +118,11 @@ def main() -> None:
 
     if not report.get("plans"):
         raise RuntimeError(f"nothing was measured. ComfyUI's log: {server.log}")
-    print("\n" + report["markdown"])
     saved = user / "slipstream" / "plans" / f"{arguments.save_as}.json"
-    if arguments.save_as and saved.is_file():
-        (output / "plans").mkdir(exist_ok=True)
-        print(shutil.copyfile(saved, output / "plans" / saved.name))
+    show(report, saved if arguments.save_as and saved.is_file() else None, output)
     if arguments.json:
-        # Text and pictures are this machine's own.
-        data = {key: value for key, value in report.items() if key != "markdown"}
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        print(arguments.json)
-    if report["status"] == "failed":
-        raise RuntimeError(f"the search failed: {report['reason']}. ComfyUI's log: {server.log}")
-    if report["status"] == "interrupted":
-        sys.exit(130)
+        write_json(arguments.json, without_text(report))
+    end(report, "search", server)
 
 
 if __name__ == "__main__":

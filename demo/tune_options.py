@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench_options import add_sampling
+
 MAY_USE = ("exact and approximate", "exact only", "everything")
 
 
@@ -27,14 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each prompt (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long it may take (default: %(default)s)")
     parser.add_argument("--may-use", choices=MAY_USE, default=MAY_USE[0], help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--cfg", type=float, default=7.5, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default="euler", help="(default: %(default)s)")
-    parser.add_argument("--scheduler", default="normal", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="the first one (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="of the square picture (default: what suits the machine)"
-    )
+    add_sampling(parser, "the first one (default: %(default)s)")
     parser.add_argument(
         "--save-as", default="", metavar="NAME", help="write the plan to plans/NAME.json in the output folder"
     )
