@@ -176,6 +176,19 @@ def add_diff(patcher: ModelPatcher, seed: int = 3, strength: float = 0.3) -> Mod
     return clone
 
 
+def regional_prompt(patcher: ModelPatcher) -> list[Any]:
+    """A CONDITIONING of three: an area, a mask of the upper half, and one for all of a latent of 16x16."""
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :8] = 1
+    return prompt(patcher, 20, area=(16, 8, 0, 0)) + prompt(patcher, 21, mask=mask) + prompt(patcher, 22)
+
+
+def scheduled_prompt(patcher: ModelPatcher) -> list[Any]:
+    """A CONDITIONING of two, one after the other."""
+    halves = ((20, 0.0, 0.5), (21, 0.5, 1.0))
+    return [one for seed, begin, end in halves for one in prompt(patcher, seed, start_percent=begin, end_percent=end)]
+
+
 def hooked_prompt(patcher: ModelPatcher, strengths: dict[float, float] | None = None) -> list[Any]:
     """A CONDITIONING with a LoRA of its own, which the host patches in for it alone, between two calls of the model.
 

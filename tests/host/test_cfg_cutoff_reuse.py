@@ -10,7 +10,19 @@ import comfy.samplers
 import hosted
 import pytest
 import torch
-from hosted import METHODS, Counter, PlantedError, hooked_prompt, latent, prompt, run_node, sample, sample_with
+from hosted import (
+    METHODS,
+    Counter,
+    PlantedError,
+    hooked_prompt,
+    latent,
+    prompt,
+    regional_prompt,
+    run_node,
+    sample,
+    sample_with,
+    scheduled_prompt,
+)
 from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
 from test_cfg_cutoff import GUIDERS
 from test_guidance_nodes import GOES_ON, NEEDS_THE_NEGATIVE, ON_TRANSFORMERS
@@ -173,19 +185,9 @@ def test_every_sampler(sampler, dial, model, runs, last_lines):
         assert (state, run.reused >= 4) == ("active", True)
 
 
-def region(model):
-    mask = torch.zeros(1, 16, 16)
-    mask[:, :8] = 1
-    return prompt(model, 20, area=(16, 8, 0, 0)) + prompt(model, 21, mask=mask) + prompt(model, 22)
-
-
-def scheduled(model):
-    return prompt(model, 20, start_percent=0.0, end_percent=0.5) + prompt(model, 21, start_percent=0.5, end_percent=1.0)
-
-
 PROMPTS = {
-    "regions": region,
-    "a schedule": scheduled,
+    "regions": regional_prompt,
+    "a schedule": scheduled_prompt,
     "hooks": lambda model: hooked_prompt(model, {0.0: 0.2, 0.5: 1.0}),
     "several": lambda model: prompt(model, 20) + prompt(model, 21),
 }
@@ -215,7 +217,7 @@ def test_prompts_and_batches(kind, batch, dial, model, runs, last_lines):
 
 def test_a_prompt_that_changes_is_evaluated_in_full_where_it_does(model):
     with Counter(model) as counted:
-        sample(dialled(model, "reuse", reuse_every=5), scheduled(model), steps=STEPS)
+        sample(dialled(model, "reuse", reuse_every=5), scheduled_prompt(model), steps=STEPS)
     halfway = model.get_model_object("model_sampling").percent_to_sigma(0.5)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
     changes = next(step for step, sigma in enumerate(sigmas.tolist()) if sigma <= halfway)

@@ -9,7 +9,19 @@ import comfy.samplers
 import hosted
 import pytest
 import torch
-from hosted import Counter, controlnet, hooked_prompt, latent, prompt, run_node, sample, sample_with, with_control
+from hosted import (
+    Counter,
+    controlnet,
+    hooked_prompt,
+    latent,
+    prompt,
+    regional_prompt,
+    run_node,
+    sample,
+    sample_with,
+    scheduled_prompt,
+    with_control,
+)
 from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
 from test_cfg_cutoff import GUIDERS
 
@@ -181,16 +193,6 @@ def test_two_models_have_a_history_each(model, runs):
     assert len(run.known) == 2
 
 
-def region(model):
-    mask = torch.zeros(1, 16, 16)
-    mask[:, :8] = 1
-    return prompt(model, 20, area=(16, 8, 0, 0)) + prompt(model, 21, mask=mask) + prompt(model, 22)
-
-
-def scheduled(model):
-    return prompt(model, 20, start_percent=0.0, end_percent=0.5) + prompt(model, 21, start_percent=0.5, end_percent=1.0)
-
-
 def controlled_for_a_while(model):
     control = controlnet(model)
     control.set_cond_hint(torch.rand(1, 3, 128, 128), 1.0, (0.0, 0.5))
@@ -201,7 +203,7 @@ def hooked(model):
     return hooked_prompt(model, {0.0: 0.2, 0.5: 1.0})
 
 
-CHANGES = {"prompts": scheduled, "a ControlNet": controlled_for_a_while, "hooks": hooked}
+CHANGES = {"prompts": scheduled_prompt, "a ControlNet": controlled_for_a_while, "hooks": hooked}
 
 
 @pytest.mark.parametrize("kind", list(CHANGES))
@@ -215,7 +217,7 @@ def test_what_changes_in_the_run_is_evaluated_anew(kind, model, runs):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_regions_and_batches(batch, model, runs):
-    out = sample(forecast(model), region(model), steps=12, image=latent(model, batch=batch))
+    out = sample(forecast(model), regional_prompt(model), steps=12, image=latent(model, batch=batch))
     assert out.isfinite().all()
     assert runs[0].skipped
     assert "for a changed prompt" not in runs[0].made
