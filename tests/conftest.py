@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from loading import ROOT, find_chromium, find_comfyui, find_node, load_host, load_pack
+from workers import pytest_xdist_make_scheduler  # noqa: F401, pytest's own hook
 
 COMFYUI = find_comfyui()
 MISSING = {
@@ -67,19 +67,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if collection_path != tests and collection_path.is_relative_to(tests):
         return True if MISSING.get(collection_path.relative_to(tests).parts[0]) else None
     return None
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers: the server and the browser for one of them alone, and the models of a file for one."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            path = Path(nodeid.split("::")[0])
-            return "e2e" if "e2e" in path.parts else path.name
-
-    return ByFile(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
