@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from demo_models import add_architecture
 from loading import load_all
 
 SAMPLERS = ("euler", "dpmpp_2m", "heun", "euler_ancestral", "er_sde", "uni_pc")
-BUDGETS = (0.02, 0.05, 0.1, 0.2)
+BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.5)
 THRESHOLDS = (0.05, 0.1, 0.2)
 FEWER = (15, 12, 10)
+METHODS = ("Forecast", "core EasyCache", "core LazyCache", "fewer steps", "DeepCache")
 INTERVALS = (2, 3)
 PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "Forecast": {"SlipstreamForecast": {}},
@@ -123,8 +125,8 @@ class Study:
             each = [compare(a, b, a[None], b[None]).ssim for a, b in zip(exact, images, strict=True)]
             print(f"| {name} | {evaluations:.1f} | {statistics.mean(each):.4f} | {min(each):.4f} |", flush=True)
 
-    def rows(self, sampler: str, all_steps: int) -> list[dict[str, Any]]:
-        """Every setting with one sampler."""
+    def rows(self, sampler: str, all_steps: int, methods: Sequence[str]) -> list[dict[str, Any]]:
+        """Every setting of these methods with one sampler."""
         from slipstream_pack.nodes.measuring.fidelity import compare
 
         ours, full = self.sample(sampler, self.demo.model, all_steps)
@@ -132,6 +134,8 @@ class Study:
         theirs = ours if is_one else self.sample(sampler, self.for_core, all_steps)[0]
         found = []
         for method, node, inputs, steps in settings(self.architecture, all_steps):
+            if method not in methods:
+                continue
             images, evaluations = self.sample(sampler, self.model(node, inputs), steps)
             exact = theirs if method.startswith("core") else ours
             each = [compare(a, b, a[None], b[None]).ssim for a, b in zip(exact, images, strict=True)]
@@ -197,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20], help="(default: 20)")
     parser.add_argument("--plans", action="store_true", help="print what the plans of cpu.py --whole keep, and end")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done
 
@@ -212,12 +217,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "figures.json"
     runs = list(product(arguments.samplers, arguments.steps))
-    # Runs that are not made again keep their figures.
-    before = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows = [row for row in before if (row["sampler"], row["steps"]) not in runs]
+    # What is not run again keeps its figures.
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     for sampler, steps in runs:
-        rows += study.rows(sampler, steps)
-        rows.sort(key=lambda row: (SAMPLERS.index(row["sampler"]), row["steps"]))
+        new = study.rows(sampler, steps, arguments.methods)
+        again = {(row["sampler"], row["steps"], row["method"]) for row in new}
+        rows = [row for row in rows if (row["sampler"], row["steps"], row["method"]) not in again] + new
+        rows.sort(key=lambda row: (SAMPLERS.index(row["sampler"]), row["steps"], METHODS.index(row["method"])))
         pictures = sorted({row["pictures"] for row in rows})
         about = f"{' or '.join(map(str, pictures))} prompts of combinations that training held out, a seed each, "
         about += f"cfg {study.cfg:g}; demo model, 256x256"

@@ -42,8 +42,8 @@ MAX_SKIPS = 10
 KEPT = 3
 """Evaluations that are remembered: a parabola needs as many."""
 
-FIRST = 3
-"""The first evaluations, which are made in any case: what is scored needs a history."""
+FIRST = 4
+"""The first evaluations, which are made in any case: what is scored needs a history, and one score may be luck."""
 
 LAST = 2
 """The last steps, which are: detail is made there, and nothing after them would take an error back."""
@@ -241,9 +241,9 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _growth(way: Way, ratio: float) -> float:
-    """What an error grows by with the gap. Wider, as the order says. Narrower, as the lowest order's would: measured
-    errors of high orders shrink less than theirs should."""
-    return ratio ** (way.order + 1) if ratio > 1 else ratio
+    """What an error grows by with the gap. Wider, by one order more than its own: what no score reached is not known.
+    Narrower, as the lowest order's would: measured errors of high orders shrink less than theirs should."""
+    return ratio ** (way.order + 2) if ratio > 1 else ratio
 
 
 class ForecastRun(MethodRun):

@@ -90,6 +90,7 @@ def test_it_shows_table_charts_and_images_and_keeps_them(page, workflow):
 def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     workflow.set(NODE, ABLATION, "off")
     workflow.set(NODE, SAVE, True)
+    workflow.set(NODE, RUNS, 1)
     page.load(workflow.data)
     page.set_widget(workflow.id(NODE), "rivals", True)
     page.set_widget(workflow.id(NODE), "seeds", 2)

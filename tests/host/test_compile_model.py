@@ -512,7 +512,8 @@ def test_prompts_of_a_few_kinds_need_no_more_memory_than_one_of_each(prompts, of
 # Real backends
 
 
-@pytest.mark.parametrize(("scope", "units"), [("blocks", "9 blocks"), long("model", "the UNet")])
+@pytest.mark.long
+@pytest.mark.parametrize(("scope", "units"), [("blocks", "9 blocks"), ("model", "the UNet")])
 def test_inductor(scope, units, tiniest, fresh, tallies):
     image = sample(compile_model(tiniest, backend="inductor", scope=scope))
     assert 0 < relative(image, sample(tiniest)) < BOUND

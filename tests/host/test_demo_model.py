@@ -101,7 +101,8 @@ def test_the_judge_knows_what_the_generator_drew(judge):
     assert agreement(judge.read(pictures), scenes.choices)[1] >= 30 / 32
 
 
-@pytest.mark.parametrize("architecture", ["UNet", pytest.param("transformer", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["UNet", "transformer"])
 def test_pictures_show_what_their_captions_say_and_less_so_in_two_steps(architecture, judge, request):
     is_unet = architecture == "UNet"
     demo = request.getfixturevalue("demo" if is_unet else "transformer")

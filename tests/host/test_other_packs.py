@@ -36,8 +36,8 @@ OURS = [name for name in METHODS if name != "SlipstreamSequentialOffload"]
 """On a CPU it has nothing to do."""
 ALL = "all"
 STEPS = 4
-LONGER = {"SlipstreamForecast": 6, ALL: 10}
-"""Where Forecast is to skip one: the first three steps and the last two are evaluated, and so is one for which
+LONGER = {"SlipstreamForecast": 7, ALL: 11}
+"""Where Forecast is to skip one: the first four steps and the last two are evaluated, and so is one for which
 DeepCache's cached ones or CFG Cutoff's change leave too little to go by."""
 
 

@@ -37,7 +37,7 @@ PAGE = Path(__file__).resolve().parents[2] / "WORKS-WITH.md"
 GPU = torch.device("cpu", 0)
 """The CPU by its index: another device to the host, so it loads and offloads, but nothing really moves."""
 
-STEPS, CFG = 6, 3.0
+STEPS, CFG = 7, 3.0
 CALL = {"steps": STEPS, "scheduler": "simple", "cfg": CFG}
 """The fewest steps of which Forecast may skip one."""
 
@@ -238,7 +238,8 @@ def refiner_handoff(case: Case) -> float:
         samples = execute(
             "SlipstreamRefinerHandoff", "1", base=base, refiner=refiner, base_positive=positive, base_negative=negative,
             latent_image={"samples": case.image}, seed=1, steps=STEPS, cfg=CFG, refiner_cfg=CFG, sampler_name="euler",
-            scheduler="simple", mode={"mode": "ensemble", "handoff": 0.5, "split": "steps", "exact_handoff": False},
+            scheduler="simple",
+            mode={"mode": "ensemble", "handoff": half / STEPS, "split": "steps", "exact_handoff": False},
         ).result[0]["samples"]  # fmt: skip
         expected = case.by_the_host((base, CFG, 0, half), (refiner, CFG, half, 10000))
     assert relative_error(samples, case.exact) > 1e-3
@@ -362,7 +363,7 @@ def vae_encode_tiled(case: Case) -> float:
 
 CELLS = {
     "SlipstreamRecipe": (recipe, SAME, "goal *balanced*: bit for bit what its methods' own nodes give"),
-    "SlipstreamForecast": (forecast, SKIPPED, "one of six evaluations skipped, error within its budget"),
+    "SlipstreamForecast": (forecast, SKIPPED, "one of seven evaluations skipped, error within its budget"),
     "SlipstreamDeepCache": (functools.partial(sampled_with, name="SlipstreamDeepCache"), SKIPPED, ""),
     "SlipstreamCFGCutoff": (cfg_cutoff, ROUNDING, "as two KSamplers in a row, the second one at cfg 1"),
     "SlipstreamFreeU": (functools.partial(sampled_with, name="SlipstreamFreeU"), SKIPPED, ""),
