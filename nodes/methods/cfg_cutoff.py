@@ -32,10 +32,9 @@ from .method import (
     Model,
     Run,
     State,
+    Steps,
     check_choice,
     check_number,
-    level_gap,
-    step_share,
 )
 
 UNITS = ("steps", "timesteps")
@@ -263,10 +262,10 @@ class Difference:
             held = held + (held - other) * (damping * (sigma - newest) / (newest - before))
         return held * sigma
 
-    def add(self, sigma: float, difference: Tensor, number: int) -> None:
+    def add(self, steps: Steps, sigma: float, difference: Tensor, number: int) -> None:
         self.number = number
         # Two at one noise level: the later one stands for both.
-        others = [one for one in self.history if level_gap(one[0], sigma) >= SAME_LEVEL]
+        others = [one for one in self.history if steps.gap(one[0], sigma) >= SAME_LEVEL]
         self.history = [(sigma, difference / sigma), *others][:2]
         self.foretold = []
 
@@ -385,7 +384,7 @@ class MeasuredRun(CFGCutoffRun):
         self.sigma_before, self.step_before = evaluation.sigma, evaluation.step
         if not self.has_ended and self.config.adaptive and self.amount is not None:
             # Were all that is left of the run one step.
-            adds = self.amount * step_share(evaluation.sigma, self.steps.sigmas[-1])
+            adds = self.amount * self.steps.share(evaluation.sigma, self.steps.sigmas[-1])
             self.least = adds if self.least is None else min(self.least, adds)
             if adds < self.config.adaptive:
                 self.has_ended, self.ended_with = True, adds
@@ -437,7 +436,7 @@ class MeasuredRun(CFGCutoffRun):
             missed = one.missed(call.sigma, difference) if weight and self.takes_back else None
             if missed is not None:
                 results[place] = results[place] - (missed / weight).to(results[place].dtype)
-            one.add(call.sigma, difference, self.full + 1)
+            one.add(self.steps, call.sigma, difference, self.full + 1)
         return results
 
     def _begin(self, evaluation: Evaluation) -> None:
@@ -468,7 +467,9 @@ class MeasuredRun(CFGCutoffRun):
         """What the nearest way leaves in the latent, and which it is. At the noise level of the evaluation before,
         where heun and the like evaluate again, that is a matter of its own."""
         gap = min(
-            level_gap(one.history[0][0], evaluation.sigma) for one in self.known.values() if one.number == self.full
+            self.steps.gap(one.history[0][0], evaluation.sigma)
+            for one in self.known.values()
+            if one.number == self.full
         )
         scores = self.scores.get(gap < SAME_LEVEL) or next(iter(self.scores.values()))
         expected = []
@@ -476,7 +477,7 @@ class MeasuredRun(CFGCutoffRun):
             scored = [errors[place] * (1 if gap < SAME_LEVEL else _growth(gap / at, damping)) for at, errors in scores]
             expected.append((sum(scored) / len(scored), place, name))
         error, _, way = min(expected)
-        return error * step_share(evaluation.sigma, self.steps.following(evaluation.step)), way
+        return error * self.steps.share(evaluation.sigma, self.steps.following(evaluation.step)), way
 
     def _reuse(
         self,
@@ -512,7 +513,7 @@ class MeasuredRun(CFGCutoffRun):
         differences = [positive - results[place] for place in others]
         weights = None if call.weights is None else tuple(call.weights[place] for place in others)
         has_history = all(one.history for one in known)
-        self.gap = max(level_gap(one.history[0][0], call.sigma) if one.history else math.inf for one in known)
+        self.gap = max(self.steps.gap(one.history[0][0], call.sigma) if one.history else math.inf for one in known)
         errors = [
             [difference - one.foretell(damping, call.sigma) for difference, one in zip(differences, known, strict=True)]
             for damping in (WAYS.values() if has_history else ())

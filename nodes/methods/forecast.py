@@ -33,8 +33,6 @@ from .method import (
     check_number,
     check_only_cache,
     check_range,
-    level_gap,
-    step_share,
 )
 
 MAX_BUDGET = 0.5
@@ -318,7 +316,7 @@ class ForecastRun(MethodRun):
         # What is too old is of no use any more: windows that move on leave much of it.
         self.known = {key: known for key, known in self.known.items() if self._is_recent(known.history)}
         self.is_multistage |= is_same_step
-        self.has_pairs |= is_same_step and level_gap(sigma, self.sigma) < SAME_LEVEL
+        self.has_pairs |= is_same_step and self.steps.gap(sigma, self.sigma) < SAME_LEVEL
         if goes_up:
             self.foretold.clear()
             for known in self.known.values():
@@ -411,7 +409,7 @@ class ForecastRun(MethodRun):
         scores = self.scores.get(group)
         if scores is None or len(histories) < len(group) or not all(map(self._is_enough, histories)):
             return None
-        gap = max(level_gap(history[0].sigma, sigma) for history in histories)
+        gap = max(self.steps.gap(history[0].sigma, sigma) for history in histories)
         return scores.best(gap, min(map(len, histories)))
 
     def _is_enough(self, history: Sequence[Exact]) -> bool:
@@ -428,11 +426,11 @@ class ForecastRun(MethodRun):
     def _share(self, evaluation: Evaluation, is_same_step: bool) -> float:
         """By what share a step makes the latent the prediction. Of two evaluations at one noise level, the first ends
         the step to it and the second begins the one from it: each is one half of its step."""
-        after = step_share(evaluation.sigma, self.steps.following(evaluation.step))
+        after = self.steps.share(evaluation.sigma, self.steps.following(evaluation.step))
         if not self.has_pairs:
             return after
         before = self.steps.sigmas[evaluation.step - 1] if evaluation.step else math.inf
-        return after / 2 if is_same_step else max(0.0, 1 - evaluation.sigma / before) / 2
+        return (after if is_same_step else self.steps.share(before, evaluation.sigma)) / 2
 
     # What is given.
 
@@ -459,7 +457,7 @@ class ForecastRun(MethodRun):
         for key, result in zip(group, results, strict=True):
             known = self.known[key]
             # Two at one noise level: the later one stands for both.
-            others = [exact for exact in known.history if level_gap(exact.sigma, call.sigma) >= SAME_LEVEL]
+            others = [exact for exact in known.history if self.steps.gap(exact.sigma, call.sigma) >= SAME_LEVEL]
             known.history = [Exact(call.sigma, x, result.clone(), self.number), *others][:KEPT]
         self._weigh()
         return outputs
@@ -495,7 +493,7 @@ class ForecastRun(MethodRun):
         histories = [self.known[key].history for key in group]
         if not all(map(self._is_enough, histories)):
             return
-        gap = max(level_gap(history[0].sigma, call.sigma) for history in histories)
+        gap = max(self.steps.gap(history[0].sigma, call.sigma) for history in histories)
         depth = 1 if gap < SAME_LEVEL else min(map(len, histories))
         ways = [way for way in WAYS if way.order < depth]
         # All ways and conditions in one product: on a GPU it is the number of operations that costs.

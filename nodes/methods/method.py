@@ -56,6 +56,13 @@ class Model:
         return self.channels is not None
 
 
+SAME_LEVEL = 1e-3
+"""Up to which gap two evaluations are at one noise level."""
+
+LEAST_SIGNAL = 1e-3
+"""Flow models begin with none, which would be an endless gap."""
+
+
 @dataclass(frozen=True)
 class Steps:
     """The steps of one run.
@@ -68,9 +75,12 @@ class Steps:
 
     Attributes:
         sigmas: (steps + 1) noise levels, as the sampler got them.
+        signal: how much of the picture a latent at a noise level holds: all of it in Stable Diffusion's scale, where
+            noise is added; 1 - sigma on flow models, where it takes the picture's place.
     """
 
     sigmas: tuple[float, ...]
+    signal: Callable[[float], float] = field(default=lambda sigma: 1.0, compare=False)
 
     # Samplers that convert sigma to log-snr and back (uni_pc) return it with float32 rounding.
     TOLERANCE: ClassVar[float] = 1e-4
@@ -106,26 +116,25 @@ class Steps:
         following = self.following(step)
         return 1 / following - 1 / sigma if 0 < following < sigma else 0.0
 
+    def noise(self, sigma: float) -> float:
+        """Noise in proportion to the picture: what one noise level has in common in all models."""
+        return sigma / max(self.signal(sigma), LEAST_SIGNAL)
+
+    def gap(self, sigma: float, other: float) -> float:
+        """How far two noise levels are apart, in the log of `noise`."""
+        noises = self.noise(sigma), self.noise(other)
+        return abs(math.log(noises[0] / noises[1])) if all(0 < noise < math.inf for noise in noises) else math.inf
+
+    def share(self, sigma: float, following: float) -> float:
+        """By what share a step from one noise level to another makes the picture in the latent the prediction."""
+        return max(0.0, 1 - self.noise(following) / self.noise(sigma)) if sigma > 0 else 1.0
+
     @cached_property
     def _rising(self) -> list[float] | None:
         """Where each step begins, negated for bisection; None if the sigmas go up somewhere."""
         if any(a < b for a, b in pairwise(self.sigmas)):
             return None
         return [-sigma * (1 + self.TOLERANCE) for sigma in self.sigmas[:-1]]
-
-
-SAME_LEVEL = 1e-3
-"""Up to which gap in log sigma two evaluations are at one noise level."""
-
-
-def level_gap(sigma: float, other: float) -> float:
-    """How far two noise levels are apart, in log sigma."""
-    return abs(math.log(sigma / other)) if 0 < sigma < math.inf and 0 < other < math.inf else math.inf
-
-
-def step_share(sigma: float, following: float) -> float:
-    """By what share a step from one noise level to another makes the latent the prediction."""
-    return max(0.0, 1 - following / sigma) if sigma > 0 else 1.0
 
 
 @dataclass(frozen=True)

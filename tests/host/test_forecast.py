@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 
+import comfy.model_sampling
 import comfy.samplers
 import hosted
 import pytest
@@ -106,6 +107,24 @@ def test_the_range_is_in_timesteps(model, runs):
     (run,) = runs
     assert run.made["outside the range"] >= 8
     assert run.skipped
+
+
+KINDS = {
+    "EPS": "all",
+    "V_PREDICTION": "all",
+    "EDM": "all",
+    "X0": "all",
+    "COSMOS_RFLOW": "all",
+    "CONST": "what noise leaves",
+}
+
+
+@pytest.mark.parametrize(("kind", "holds"), KINDS.items())
+def test_what_a_latent_holds_of_the_picture_is_asked_of_the_model(kind, holds):
+    """Of every kind of prediction of the host's that samples from noise."""
+    signal = hosted.engine("run.sampling").signal_of(getattr(comfy.model_sampling, kind)())
+    for sigma in (0.0, 0.25, 1.0):
+        assert signal(sigma) == (1.0 if holds == "all" else 1.0 - sigma)
 
 
 TWO_STAGES = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "heunpp2")

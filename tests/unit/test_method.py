@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from slipstream_pack.nodes.methods.method import Model, Run, Steps, check_choice, check_number, check_range, check_unet
 
@@ -47,6 +49,28 @@ def test_where_sigmas_go_up_the_next_step_of_that_sigma_is_meant():
 def test_a_run_without_steps(sigmas):
     assert len(Steps(sigmas)) == 0
     assert Steps(sigmas).at(1.0) == 0
+
+
+FLOW = Steps((1.0, 0.9, 0.5, 0.1, 0.0), lambda sigma: 1 - sigma)
+
+
+@pytest.mark.parametrize(("sigma", "following"), [(0.9, 0.5), (0.5, 0.1), (0.1, 0.0)])
+def test_a_step_is_as_long_whatever_the_model_s_scale(sigma, following):
+    """A flow model's latent is one of Stable Diffusion's, made smaller: noise in proportion to the picture tells."""
+    scaled = [level / (1 - level) for level in (sigma, following)]
+    assert FLOW.share(sigma, following) == pytest.approx(DESCENDING.share(*scaled))
+    assert FLOW.gap(sigma, following) == pytest.approx(DESCENDING.gap(*scaled))
+
+
+@pytest.mark.parametrize("steps", [DESCENDING, FLOW], ids=["noise is added", "flow"])
+def test_steps_at_the_ends(steps):
+    first = steps.sigmas[0]
+    assert 0 < steps.share(first, steps.sigmas[1]) < 1
+    assert steps.share(first, 0.0) == steps.share(0.0, 0.0) == steps.share(math.inf, first) == 1
+    assert steps.share(steps.sigmas[1], first) == 0
+    assert 0 < steps.gap(first, steps.sigmas[1]) < math.inf
+    assert steps.gap(first, first) == 0
+    assert steps.gap(math.inf, first) == steps.gap(first, 0.0) == math.inf
 
 
 def test_a_range_holds_its_ends():

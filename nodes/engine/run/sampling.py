@@ -8,6 +8,7 @@ model, whatever else is on it and wherever our nodes were wired.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,16 @@ def adapts_steps(sampler: Any) -> bool:
     return "adaptive" in getattr(getattr(sampler, "sampler_function", None), "__name__", "")
 
 
+def signal_of(model_sampling: Any) -> Callable[[float], float]:
+    """How much of the picture a latent at a noise level holds, by the model's own scaling."""
+
+    @functools.cache
+    def signal(sigma: float) -> float:
+        return float(model_sampling.noise_scaling(torch.tensor([sigma]), torch.zeros(1), torch.ones(1)))
+
+    return signal
+
+
 def takes_part(method: MethodRun, point: str) -> bool:
     """Whether a method takes part at one of the points of `MethodRun`."""
     return getattr(type(method), point) is not getattr(MethodRun, point)
@@ -105,7 +116,7 @@ class SamplingRun:
         self.sampler = sampler
         self.plan = plan
         self.options: dict[str, Any] = guider.model_options["transformer_options"]
-        self.steps = Steps(tuple(sigmas.tolist()))
+        self.steps = Steps(tuple(sigmas.tolist()), signal_of(guider.model_patcher.get_model_object("model_sampling")))
         self.record = Record(len(self.steps))
         self.teller = Teller(plan, self.record, guider.model_patcher.get_attachment(AUDIENCE))
         self.methods: list[MethodRun] = []
