@@ -130,7 +130,7 @@ class Study:
         from slipstream_pack.nodes.measuring.fidelity import compare
 
         ours, full = self.sample(sampler, self.demo.model, all_steps)
-        is_one = self.for_core is self.demo.model
+        is_one = self.for_core is self.demo.model or not any(method.startswith("core") for method in methods)
         theirs = ours if is_one else self.sample(sampler, self.for_core, all_steps)[0]
         found = []
         for method, node, inputs, steps in settings(self.architecture, all_steps):

@@ -245,9 +245,7 @@ def motion_model(patcher: Any, pack: Any, version: str = "v3", seed: int = 4) ->
     return module_of(pack, "animatediff.model_injection").create_MotionModelPatcher(model, hosted.CPU, hosted.CPU)
 
 
-def animatediff(
-    version: str = "v3", context: str | None = None, inert: frozenset[str] = frozenset(), **inputs: Any
-) -> Setup:
+def animatediff(version: str = "v3", context: str | None = None, **inputs: Any) -> Setup:
     pack = load("ComfyUI-AnimateDiff-Evolved")
     model = hosted.model("SD15")
     motion = motion_model(model, pack, version)
@@ -271,7 +269,7 @@ def animatediff(
     def run(patcher: Any, steps: int) -> torch.Tensor:
         return sample(patcher, image=latent(model, batch=FRAMES), steps=steps)
 
-    return Setup(model, run, run, wire, True, **(REFERENCE if extras is not None else {"inert": inert}))
+    return Setup(model, run, run, wire, True, **(REFERENCE if extras is not None else {}))
 
 
 def keyframes() -> Any:
@@ -380,10 +378,7 @@ SETUPS: dict[str, Callable[[], Setup]] = {
     "AnimateDiff v1": lambda: animatediff("v1"),
     "AnimateDiff, windows": lambda: animatediff(context="StandardStatic"),
     "AnimateDiff v1, windows": lambda: animatediff("v1", "StandardStatic"),
-    # Each step has other windows: nothing goes by what was before.
-    "AnimateDiff, moving windows": lambda: animatediff(
-        context="StandardUniform", inert=frozenset({"SlipstreamForecast"})
-    ),
+    "AnimateDiff, moving windows": lambda: animatediff(context="StandardUniform"),
     "AnimateDiff, keyframes": lambda: animatediff(context="StandardStatic", ad_keyframes=keyframes),
     "AnimateDiff, custom CFG": lambda: animatediff(context="StandardStatic", settings=custom_cfg),
     "AnimateDiff, FreeInit": lambda: animatediff(settings=free_init),
