@@ -177,7 +177,7 @@ ROWS = (
     Row((BALANCED,), "forecast", {}, (),
         "evaluations that can be foretold are skipped, 30 to 45 % of them", "approximate (SSIM 0.999)"),
     Row((FASTEST,), "forecast", {"error_budget": 0.2}, (),
-        "evaluations that can be foretold are skipped, about half of them", "approximate (SSIM 0.989)"),
+        "evaluations that can be foretold are skipped, about half of them", "approximate (SSIM 0.993)"),
     Row((BALANCED,), "cfg_cutoff", {"cutoff": 0.75}, (),
         "half the work in the last quarter of the steps", "approximate (SSIM 0.994)"),
     Row((FASTEST,), "cfg_cutoff", {"cutoff": 0.5}, (),

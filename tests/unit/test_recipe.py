@@ -325,7 +325,7 @@ def test_the_whole_text(installed):
             "+ Attention Backend, fuse_qkv on: q, k and v in one product, the same picture. Costs: memory for those "
             "weights once more (SDXL in fp16: 586 MiB)",
             "+ Forecast, error_budget 0.2: evaluations that can be foretold are skipped, about half of them. "
-            "Costs: approximate (SSIM 0.989)",
+            "Costs: approximate (SSIM 0.993)",
             "+ CFG Cutoff, cutoff 0.5: half the work in the last half of the steps. Costs: approximate (SSIM 0.971)",
             "- no Precision: for processors, and this model runs on cuda",
             "- no Winograd: for processors, and this model runs on cuda",
