@@ -12,7 +12,7 @@ from prompts import scratch_server
 from workflows import TUNE, Workflow
 
 NODE = "SlipstreamTune"
-FEW = {"steps": 6, "seeds": 1, "floor": 0.3, "minutes": 0.4}
+FEW = {"steps": 6, "seeds": 1, "floor": 0.3, "minutes": 1}
 
 READ_PANEL = """
 (id) => {

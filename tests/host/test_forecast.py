@@ -122,7 +122,7 @@ KINDS = {
 @pytest.mark.parametrize(("kind", "holds"), KINDS.items())
 def test_what_a_latent_holds_of_the_picture_is_asked_of_the_model(kind, holds):
     """Of every kind of prediction of the host's that samples from noise."""
-    signal = hosted.engine("run.sampling").signal_of(getattr(comfy.model_sampling, kind)())
+    signal = hosted.engine("run.sampling").signal_of(getattr(comfy.model_sampling, kind)(), [0.25])
     for sigma in (0.0, 0.25, 1.0):
         assert signal(sigma) == (1.0 if holds == "all" else 1.0 - sigma)
 

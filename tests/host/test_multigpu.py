@@ -53,7 +53,7 @@ REQUIRED = {
     "SlipstreamPrecision": {"compute_dtype": "fp32", "channels_last": "on"},
     "SlipstreamAttention": {"backend": "auto", "fuse_qkv": True},
     "SlipstreamRecipe": {"goal": "best quality"},
-    # Of six steps, one may be skipped.
+    # Of seven steps, one may be skipped.
     "SlipstreamForecast": {"error_budget": 0.5},
     # Quantized activations of batches of two and of one may round to neighbours.
     "SlipstreamQuantize": {"scheme": "int8 weight-only", "min_features": 0},
@@ -87,16 +87,16 @@ SHORT = ("SlipstreamForecast", "SlipstreamCFGCutoff", "SlipstreamDeepCache")
     ids="+".join,
 )
 def test_one_image_whether_wired_above_or_below_multigpu(names, last_lines):
-    model = hosted.model("minimal")
+    model, steps = hosted.model("minimal"), 7 if "SlipstreamForecast" in names else 6
     with hosted.Counter(model) as plainly:
-        expected = sample(wire(model, names), steps=6)
+        expected = sample(wire(model, names), steps=steps)
     told = [last_lines(str(i)) for i in range(1, len(names) + 1)]
     split, extra = on_two_devices(model)
     above = wire(split, names)
     below, other = on_two_devices(wire(hosted.model("minimal"), names))
     for patcher, clone in ((above, extra), (below, other)):
         with hosted.Counter(clone) as counted:
-            out = sample(patcher, steps=6)
+            out = sample(patcher, steps=steps)
         assert counted.unet_calls, "the second device had nothing to do"
         assert torch.allclose(out, expected, rtol=1e-4, atol=1e-3)
     if names == ("SlipstreamDeepCache",):
@@ -111,7 +111,7 @@ def test_one_image_whether_wired_above_or_below_multigpu(names, last_lines):
         ((state, text),) = told[0]
         assert state == "active"
         assert last_lines("1") == [(state, f"{text}; {IDLE[names]}")]
-    assert torch.equal(sample(model, steps=6), sample(hosted.model("minimal"), steps=6))
+    assert torch.equal(sample(model, steps=steps), sample(hosted.model("minimal"), steps=steps))
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
@@ -119,7 +119,7 @@ def test_orders_give_the_same_bits(every):
     images = []
     for order in orders()[::every]:
         split, _ = on_two_devices(hosted.model("minimal"))
-        images.append(sample(wire(split, order), steps=6))
+        images.append(sample(wire(split, order), steps=7))
     assert all(torch.equal(image, images[0]) for image in images)
 
 

@@ -18,7 +18,7 @@ import torch
 from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
 
 ROWS = hosted.method("tune").ROWS
-STEPS = 6
+STEPS = 7
 """The fewest of which Forecast may skip one."""
 
 SIZE = 8

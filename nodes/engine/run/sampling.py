@@ -9,7 +9,7 @@ model, whatever else is on it and wherever our nodes were wired.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -86,13 +86,19 @@ def adapts_steps(sampler: Any) -> bool:
     return "adaptive" in getattr(getattr(sampler, "sampler_function", None), "__name__", "")
 
 
-def signal_of(model_sampling: Any) -> Callable[[float], float]:
-    """How much of the picture a latent at a noise level holds, by the model's own scaling."""
+def signal_of(model_sampling: Any, sigmas: Iterable[float]) -> Callable[[float], float]:
+    """How much of the picture a latent at a noise level holds, by the model's own scaling.
+
+    Args:
+        sigmas: those that are known before: nothing is reckoned for them while the model runs.
+    """
 
     @functools.cache
     def signal(sigma: float) -> float:
         return float(model_sampling.noise_scaling(torch.tensor([sigma]), torch.zeros(1), torch.ones(1)))
 
+    for sigma in sigmas:
+        signal(sigma)
     return signal
 
 
@@ -116,7 +122,8 @@ class SamplingRun:
         self.sampler = sampler
         self.plan = plan
         self.options: dict[str, Any] = guider.model_options["transformer_options"]
-        self.steps = Steps(tuple(sigmas.tolist()), signal_of(guider.model_patcher.get_model_object("model_sampling")))
+        levels = tuple(sigmas.tolist())
+        self.steps = Steps(levels, signal_of(guider.model_patcher.get_model_object("model_sampling"), levels))
         self.record = Record(len(self.steps))
         self.teller = Teller(plan, self.record, guider.model_patcher.get_attachment(AUDIENCE))
         self.methods: list[MethodRun] = []
