@@ -307,6 +307,7 @@ def test_the_benchmark_runs_as_it_was_put(page, workflow):
     assert not page.problems()
 
 
+@pytest.mark.long
 @classic_only
 def test_the_tune_runs_as_it_was_put(page, workflow):
     page.load(workflow.data, "tuned")

@@ -59,7 +59,6 @@ SAVERS = {"SaveImage", "SaveAnimatedWEBP"}
 IN_BOTH = {
     "1 - Try it, no downloads",
     "2 - SD 1.5 faster - DeepCache, CFG Cutoff and FreeU",
-    "4 - Refiner handoff 0.8",
 }
 """Run in both renderers, the others in one: in the other they are opened, and run where there is time."""
 
@@ -158,7 +157,7 @@ def test_a_template_opens_runs_and_shows_image_and_verdicts(title, tour, page, r
     tour.told[page.tab()] = told
 
 
-@pytest.mark.long_in_vue
+@pytest.mark.long
 def test_after_a_reload_each_of_them_shows_its_last_run(tour, page):
     if not tour.told:
         pytest.skip("no template was run in this page before")

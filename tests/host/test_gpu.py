@@ -53,7 +53,8 @@ def figure_holds(figure) -> bool:
     return not isinstance(figure, dict) or figure["holds"]
 
 
-@pytest.mark.parametrize("parts", [SHORT, pytest.param(PARTS, marks=pytest.mark.long)], ids=["most", "all"])
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [SHORT, PARTS], ids=["most", "all"])
 def test_it_runs_in_small(parts, tmp_path):
     command = [sys.executable, ROOT / "slipstream", "gpu", "--tiny", "--output", "results", "--only", *parts]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | ONE_THREAD, capture_output=True, text=True)

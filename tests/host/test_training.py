@@ -37,6 +37,7 @@ def run(folder):
     train.train(folder / "work", *files, CPU, STEPS)
 
 
+@pytest.mark.long
 def test_what_it_writes_is_what_the_node_reads(trained, monkeypatch):
     demo_model = engine("demo_model")
     shipped = demo_model.Demo.read()
@@ -80,7 +81,8 @@ def test_the_noise_schedule_is_the_hosts():
     assert torch.allclose(((1 - cumulative) / cumulative).sqrt(), sigmas, rtol=1e-4)
 
 
-@pytest.mark.parametrize("network", [diffusion, pytest.param(transformer, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("network", [diffusion, transformer])
 def test_it_learns(network, monkeypatch):
     """Sixty steps on one latent tell more of its noise than none."""
     generator = torch.Generator().manual_seed(0)
