@@ -109,7 +109,6 @@ def test_rivals_are_rows_of_the_table(page, workflow):
 def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     workflow.set(NODE, ABLATION, "off")
     workflow.set(NODE, SAVE, True)
-    workflow.set(NODE, RUNS, 1)
     page.load(workflow.data)
     assert page.run(timeout_s=300).status == "success"
     shown = panel(page, workflow)
@@ -121,7 +120,7 @@ def test_the_report_can_be_copied_and_the_saved_file_opened(page, workflow):
     answers = [page.page.request.get(link) for link in shown["links"]]
     assert all(answer.ok for answer in answers)
     saved = json.loads(answers[0].text())
-    assert {len(variant["runs"]) for variant in saved["variants"]} == {1}
+    assert {len(variant["runs"]) for variant in saved["variants"]} == {2}
     assert answers[1].text() == copied
     assert not page.problems()
 
