@@ -211,6 +211,7 @@ def test_each_command_on_other_templates_of_ours(name, page, renderer):
     tour(page, renderer, name, TEMPLATES[name])
 
 
+@pytest.mark.long_in_vue
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] * (i > 0)) for i, name in enumerate(WITHOUT_US)]
 )

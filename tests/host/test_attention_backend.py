@@ -59,7 +59,10 @@ BOUNDS = {"auto": 1e-5, "flash": 1e-5, "math": 1e-5, "efficient": 0.0, "cudnn": 
 """Relative error of an fp32 latent after six steps against the host's own attention. 0: it falls back to that."""
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, "DiT"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in ("SDXL", "SSD1B"))) for name in (*CONFIGS, "DiT")],
+)
 def test_the_error_against_the_host_s_own_is_bounded(family, lines):
     model = hosted.model(family)
     plain = sample(model)

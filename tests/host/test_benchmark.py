@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_said_naming_the_variant(what, model, benchmark, v
     json.dumps(report, allow_nan=False)
 
 
-@pytest.mark.parametrize("ablation", ["each alone", "leave one out"])
+@pytest.mark.parametrize("ablation", ["each alone", pytest.param("leave one out", marks=pytest.mark.long)])
 def test_an_ablation_is_what_wiring_each_by_hand_gives(ablation, model, benchmark, vae, monkeypatch):
     names = list(ON)
     titles = {"SlipstreamDeepCache": "DeepCache", "SlipstreamCFGCutoff": "CFG Cutoff", "SlipstreamFreeU": "FreeU"}

@@ -30,7 +30,7 @@ def unguided_from(patcher, step, steps):
     return clone
 
 
-@pytest.mark.parametrize("family", ["SD15", "SDXL", "DiT"])
+@pytest.mark.parametrize("family", ["SD15", pytest.param("SDXL", marks=pytest.mark.long), "DiT"])
 def test_at_half_of_20_steps_10_evaluations_run_on_the_positive_alone_and_the_tail_is_a_cfg_1_run(family, last_lines):
     patcher = hosted.model(family)
     rows = []

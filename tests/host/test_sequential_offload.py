@@ -99,7 +99,7 @@ def test_which_layers_stay_at_a_budget(percent, was_loaded, model):
         assert resident > 0.4 * budget_mib * MIB
 
 
-@pytest.mark.parametrize("percent", [0, 25, 50, 100])
+@pytest.mark.parametrize("percent", [0, *(pytest.param(share, marks=pytest.mark.long) for share in (25, 50)), 100])
 def test_two_clones_alternating_each_have_what_they_have_alone(percent, model):
     """One with a budget, one without, and one with another budget and a LoRA: the same layers and bits each time."""
     others = {

@@ -102,7 +102,7 @@ def test_the_full_architecture(statistics):
     assert decibel(encode(vae, image, **settings), vae.encode(image)) > bound
 
 
-@pytest.mark.parametrize("tile_size", [128, 200])
+@pytest.mark.parametrize("tile_size", [128, pytest.param(200, marks=pytest.mark.long)])
 def test_pictures_by_tiles(trained, landscape, tile_size, last_lines):
     """The bounds on weights that were trained, whose statistics differ from place to place: no seam either."""
     picture, encoded, whole = landscape
