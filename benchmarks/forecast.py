@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("benchmarks", "tests", "tests/host", "training")]
 RESULTS = Path(__file__).parent / "results" / "forecast"
 
+from cpu import PLANS
 from demo_models import add_architecture
 from loading import load_all
 
@@ -34,18 +35,6 @@ THRESHOLDS = (0.05, 0.1, 0.2)
 FEWER = (15, 12, 10)
 METHODS = ("Forecast", "core EasyCache", "core LazyCache", "fewer steps", "DeepCache")
 INTERVALS = (2, 3)
-PLANS: dict[str, dict[str, dict[str, Any]]] = {
-    "Forecast": {"SlipstreamForecast": {}},
-    "DeepCache 3, CFG Cutoff 0.5": {
-        "SlipstreamDeepCache": {"cache_interval": 3},
-        "SlipstreamCFGCutoff": {"cutoff": 0.5},
-    },
-    "Forecast 0.5, CFG Cutoff 0.3": {
-        "SlipstreamForecast": {"error_budget": 0.5, "max_skips": 10},
-        "SlipstreamCFGCutoff": {"cutoff": 0.3},
-    },
-}
-"""Those that `cpu.py --whole` times on a full-size UNet: euler, normal, cfg 7.5."""
 
 
 def settings(architecture: str, steps: int) -> list[tuple[str, str, dict[str, Any], int]]:
@@ -109,7 +98,7 @@ class Study:
         return self.demo.decode(latents), self.evaluations / self.count
 
     def plans(self, steps: int) -> None:
-        """Print the likeness that each of `PLANS` keeps."""
+        """Print the likeness that each plan of `cpu.py --whole` keeps: euler, normal, cfg 7.5."""
         from slipstream_pack.nodes.measuring.fidelity import compare
 
         given = {"steps": steps, "cfg": 7.5, "sampler": "euler", "scheduler": "normal"}
