@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .method import (
+    MOST_AMPLIFIED,
     SAME_LEVEL,
     ConditionsCall,
     Configuration,
@@ -150,9 +151,12 @@ class CFGCutoffRun(MethodRun):
         denoised = guidance.positive_alone() if is_alone else self._guided(evaluation, guidance)
         self.left_out.update(guidance.left_out)
         if evaluation.is_forecast:
-            # Nothing was evaluated, with guidance or without: Forecast tells of it.
+            # Nothing was evaluated, or only what could not be foretold: Forecast tells of it.
             self.foretold += is_alone
             self.evaluations -= 1
+            self.predictions += evaluation.predictions
+            if is_alone:
+                self._note_place(evaluation, is_before)
             return denoised
         if not is_alone and not evaluation.is_reused:
             if is_guided:
@@ -166,15 +170,15 @@ class CFGCutoffRun(MethodRun):
             if 0 < len(evaluation.working) < evaluation.devices:
                 self.idle = evaluation.devices - len(evaluation.working), evaluation.devices
             if is_alone:
-                self._note_alone(evaluation, is_before)
+                self.alone += 1
+                self._note_place(evaluation, is_before)
         self.predictions += evaluation.predictions
         return denoised
 
     def _guided(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
         return guidance.guided()
 
-    def _note_alone(self, evaluation: Evaluation, is_before: bool) -> None:
-        self.alone += 1
+    def _note_place(self, evaluation: Evaluation, is_before: bool) -> None:
         if is_before:
             self.until = max(self.until or 0, evaluation.step + 1)
         elif self.began_at is None:
@@ -269,10 +273,10 @@ class Difference:
         self.history = [(sigma, difference / sigma), *others][:2]
         self.foretold = []
 
-    def missed(self, sigma: float, difference: Tensor) -> Tensor | None:
-        """By what those foretold moved x / sigma wrongly, now that the next one is known; None if it is nothing. What
-        lies between two evaluations is known from both."""
-        if not self.foretold:
+    def missed(self, sigma: float, difference: Tensor, most: float) -> Tensor | None:
+        """By what those foretold moved x / sigma wrongly, now that the next one is known; None if it is nothing, or
+        what a step with a weight above `most` left. What lies between two evaluations is known from both."""
+        if not self.foretold or any(weight > most for *_, weight in self.foretold):
             return None
         nodes = [(sigma, difference / sigma), *self.history]
         total = torch.zeros_like(difference)
@@ -282,6 +286,41 @@ class Difference:
                 total.add_(value, alpha=weight * at * math.prod((at - other) / (node - other) for other in others))
             total.sub_(foretold, alpha=weight)
         return total
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands with the guidance that is reused: what an attempt that is not accepted must leave as it was.
+
+    Attributes:
+        known: the differences by their conditions.
+        full: guided evaluations that were made in full.
+        since_full: those that were not, after the last of them.
+        row_error: what these left in the latent.
+        reused: all that were not made in full.
+        over_budget: those that could not be reused.
+        worst: the most that a row of them left.
+        ways: how often each way was taken.
+    """
+
+    known: dict[Hashable, Difference]
+    full: int
+    since_full: int
+    row_error: float
+    reused: int
+    over_budget: int
+    worst: float
+    ways: Counter[str]
+
+    @classmethod
+    def of(cls, run: MeasuredRun) -> Standing:
+        found = {name: getattr(run, name) for name in cls.__dataclass_fields__}
+        known = {key: replace(one, history=[*one.history], foretold=[*one.foretold]) for key, one in run.known.items()}
+        return cls(**{**found, "known": known, "ways": Counter(run.ways)})
+
+    def give_to(self, run: MeasuredRun) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(run, name, getattr(self, name))
 
 
 @dataclass
@@ -363,7 +402,9 @@ class MeasuredRun(CFGCutoffRun):
         self.since_full = 0
         self.row_error = 0.0
         self.has_ended = False
+        self.before: Standing | None = None
         # For the verdict.
+        self.guided = 0
         self.reused = 0
         self.ways: Counter[str] = Counter()
         self.worst = 0.0
@@ -377,6 +418,11 @@ class MeasuredRun(CFGCutoffRun):
         return super().is_past(evaluation) or self._has_ended(evaluation)
 
     def _has_ended(self, evaluation: Evaluation) -> bool:
+        if evaluation.is_again and self.before is not None:
+            # Nothing is kept of what was not accepted.
+            self.unread = None
+            self.before.give_to(self)
+        self.before = None
         self._read()
         if evaluation.sigma > self.sigma_before * (1 + self.steps.TOLERANCE):
             self._forget()
@@ -399,6 +445,8 @@ class MeasuredRun(CFGCutoffRun):
 
     def _guided(self, evaluation: Evaluation, guidance: Guidance) -> Tensor:
         self.is_guiding = guidance.is_guided
+        self.guided += self.is_guiding and not evaluation.is_again
+        self.before = Standing.of(self)
         self.needing_negative |= set(guidance.needing_negative) if self.is_guiding else set()
         self.evaluation, self.positives, self.measured = None, {}, []
         try:
@@ -410,7 +458,8 @@ class MeasuredRun(CFGCutoffRun):
         return denoised
 
     def conditions(self, evaluation: Evaluation, call: ConditionsCall) -> Sequence[Tensor]:
-        if not self.is_guiding or call.sigma <= 0:
+        if not self.is_guiding or call.sigma <= 0 or evaluation.is_forecast:
+            # In one that is skipped it is of what can't be foretold, and no part of a whole.
             return call.evaluate()
         if evaluation is not self.evaluation:
             self._begin(evaluation)
@@ -433,7 +482,7 @@ class MeasuredRun(CFGCutoffRun):
         differences = self._learn(call, own, others, known, results)
         weight = self.steps.weight(evaluation.step, evaluation.sigma)
         for place, one, difference in zip(others, known, differences, strict=True):
-            missed = one.missed(call.sigma, difference) if weight and self.takes_back else None
+            missed = one.missed(call.sigma, difference, MOST_AMPLIFIED * weight) if weight and self.takes_back else None
             if missed is not None:
                 results[place] = results[place] - (missed / weight).to(results[place].dtype)
             one.add(self.steps, call.sigma, difference, self.full + 1)
@@ -449,7 +498,7 @@ class MeasuredRun(CFGCutoffRun):
             return
         error, self.way = self._best(evaluation)
         budget = MOST - self.row_error if evaluation.budget is None else evaluation.budget
-        if error > budget:
+        if not error <= budget:
             self.over_budget += 1
             return
         self.is_reusing, evaluation.error = True, error
@@ -466,18 +515,15 @@ class MeasuredRun(CFGCutoffRun):
     def _best(self, evaluation: Evaluation) -> tuple[float, str]:
         """What the nearest way leaves in the latent, and which it is. At the noise level of the evaluation before,
         where heun and the like evaluate again, that is a matter of its own."""
-        gap = min(
-            self.steps.gap(one.history[0][0], evaluation.sigma)
-            for one in self.known.values()
-            if one.number == self.full
-        )
+        latest = [one for one in self.known.values() if one.number == self.full]
+        gap = min((self.steps.gap(one.history[0][0], evaluation.sigma) for one in latest), default=math.inf)
         scores = self.scores.get(gap < SAME_LEVEL) or next(iter(self.scores.values()))
         expected = []
         for place, (name, damping) in enumerate(WAYS.items()):
             scored = [errors[place] * (1 if gap < SAME_LEVEL else _growth(gap / at, damping)) for at, errors in scores]
             expected.append((sum(scored) / len(scored), place, name))
         error, _, way = min(expected)
-        return error * self.steps.share(evaluation.sigma, self.steps.following(evaluation.step)), way
+        return error * self.steps.reach_of(evaluation.step, evaluation.sigma), way
 
     def _reuse(
         self,
@@ -537,7 +583,7 @@ class MeasuredRun(CFGCutoffRun):
         known = [one for one in found if one is not None]
         if known and len({one.shape for one in known}) == 1:
             self.unread = self.gap, torch.stack(known).amax(0)
-        if self.measured and not evaluation.is_again:
+        if self.measured:
             self.full += 1
             # What is too old is of no use any more: windows that move on leave much of it.
             self.known = {key: one for key, one in self.known.items() if one.number == self.full}
@@ -549,7 +595,8 @@ class MeasuredRun(CFGCutoffRun):
             return
         gap, values = self.unread
         self.unread = None
-        self.amount, *errors = values.tolist()
+        amount, *errors = (value if math.isfinite(value) else math.inf for value in values.tolist())
+        self.amount = amount if amount < math.inf else None
         if errors:
             scores = self.scores.setdefault(gap < SAME_LEVEL, [])
             scores.insert(0, (gap, errors))
@@ -585,7 +632,9 @@ class MeasuredRun(CFGCutoffRun):
             return ["no guidance was reused, since this sampler chooses its own steps by what the model gives"]
         if self.over_budget:
             return [f"{self.over_budget} more were made in full, as reuse would have missed by too much"]
-        if not self.reused:
+        if self.guided and not self.full:
+            return ["no guidance was reused, since the positive prompt is not told apart in what is evaluated"]
+        if not self.reused and self.guided:
             return [f"no guidance was reused, since the first {FIRST} guided evaluations are made in full in any case"]
         return []
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .method import (
+    MOST_AMPLIFIED,
     SAME_LEVEL,
     ConditionsCall,
     Configuration,
@@ -50,6 +51,10 @@ MEMORY = 2
 """How many scores of each way count."""
 
 OTHER_HALF = "for the other half of a step"
+CHANGED = "for a changed prompt"
+NEW = "for conditions that are new"
+RISEN = "for a noise level that went up"
+"""Why an evaluation is made."""
 
 Group = tuple[Hashable, ...]
 """Conditions that are asked for at once."""
@@ -263,16 +268,19 @@ class ForecastRun(MethodRun):
         self.evaluation: Evaluation | None = None
         self.groups: list[Group] = []
         self.is_skipping = False
+        self.is_partly_made = False
         self.number = -1
         self.sigma = math.inf
         self.step = -1
         self.row = 0
         self.error = 0.0
+        self.added = 0.0
         # What the sampler is like.
         self.is_multistage = False
         self.has_pairs = False
         # For the verdict.
         self.skipped = 0
+        self.partly = 0
         self.made: Counter[str] = Counter()
         self.ways: Counter[str] = Counter()
         self.cached = 0
@@ -288,18 +296,23 @@ class ForecastRun(MethodRun):
         group = tuple(call.keys)
         if not group:
             return call.evaluate()
+        is_changed = False
         for key, state in zip(call.keys, call.states, strict=True):
             known = self.known.get(key)
             if known is None or known.state != state or (known.history and known.history[0].x.shape != call.x.shape):
+                is_changed |= known is not None
                 self.known[key] = Condition(state)
         self.groups.append(group)
         if self.is_skipping:
             best = self._best(group, call.sigma)
             if best is not None:
                 return self._foretell(best[1], evaluation, call, group)
-            # What another call of this evaluation was given stands.
             if len(self.groups) == 1:
-                self._make("for a changed prompt")
+                self._make(CHANGED if is_changed else NEW)
+            elif not self.is_partly_made:
+                # What another call of this evaluation was given stands.
+                self.is_partly_made = True
+                self.partly += 1
         return self._evaluate(evaluation, call, group)
 
     # Whether it is made.
@@ -331,6 +344,7 @@ class ForecastRun(MethodRun):
         why = self._why_made(evaluation, is_same_step, goes_up)
         self.evaluation, self.sigma, self.step, self.groups = evaluation, sigma, evaluation.step, []
         self.is_skipping = evaluation.is_forecast = why is None
+        self.is_partly_made = False
         self.devices = evaluation.devices
         if why is None:
             self.skipped += 1
@@ -346,11 +360,17 @@ class ForecastRun(MethodRun):
             known.history = [exact for exact in known.history if exact.number != self.number]
         if self.is_skipping:
             self._make("since a forecast was not finite")
+        else:
+            evaluation.budget = self._left()
+
+    def _left(self) -> float:
+        """Of the budget."""
+        return max(0.0, self.config.error_budget - self.error)
 
     def _note_made(self, evaluation: Evaluation, why: str) -> None:
         self.made[why] += 1
         self.row = 0
-        evaluation.budget = max(0.0, self.config.error_budget - self.error)
+        evaluation.budget = self._left()
         self.to_take_back, self.foretold = self.foretold, {}
 
     def _make(self, why: str) -> None:
@@ -358,6 +378,7 @@ class ForecastRun(MethodRun):
         assert self.evaluation is not None
         self.is_skipping = self.evaluation.is_forecast = False
         self.skipped -= 1
+        self.error -= self.added
         self._note_made(self.evaluation, why)
 
     def _why_made(self, evaluation: Evaluation, is_same_step: bool, goes_up: bool) -> str | None:
@@ -369,7 +390,7 @@ class ForecastRun(MethodRun):
         if self.number < FIRST:
             return "first"
         if goes_up:
-            return "for a noise level that went up"
+            return RISEN
         if self._is_last(evaluation, is_same_step):
             return "last"
         if self.is_skipping and is_same_step:
@@ -382,10 +403,11 @@ class ForecastRun(MethodRun):
             return "to learn"
         error = max(error for error in errors if error is not None)
         self.least = error if self.least is None else min(self.least, error)
-        if self.error + error > self.config.error_budget:
+        if not self.error + error <= self.config.error_budget:
             return "by the budget"
         if self._is_better_for_the_next(evaluation, is_same_step, error):
             return OTHER_HALF
+        self.added = error
         self.error += error
         return None
 
@@ -421,12 +443,12 @@ class ForecastRun(MethodRun):
     @staticmethod
     def _left_by(best: tuple[float, Way] | None, share: float) -> float | None:
         """What a skip leaves in the latent, relative to it."""
-        return None if best is None else best[0] * share
+        return None if best is None else best[0] * share if math.isfinite(best[0]) else math.inf
 
     def _share(self, evaluation: Evaluation, is_same_step: bool) -> float:
         """By what share a step makes the latent the prediction. Of two evaluations at one noise level, the first ends
         the step to it and the second begins the one from it: each is one half of its step."""
-        after = self.steps.share(evaluation.sigma, self.steps.following(evaluation.step))
+        after = self.steps.reach_of(evaluation.step, evaluation.sigma)
         if not self.has_pairs:
             return after
         before = self.steps.sigmas[evaluation.step - 1] if evaluation.step else math.inf
@@ -441,7 +463,8 @@ class ForecastRun(MethodRun):
                 call.sigma, self.steps.weight(evaluation.step, evaluation.sigma), [value.clone() for value in found]
             )
             self.foretold.setdefault(group, []).append(kept)
-        self.ways[way.name] += 1
+        # Evaluations are told of, whatever calls they have.
+        self.ways[way.name] += len(self.groups) == 1
         self.worst = max(self.worst, self.error)
         return found
 
@@ -449,7 +472,7 @@ class ForecastRun(MethodRun):
         results = list(call.evaluate())
         if evaluation.is_cached or call.sigma <= 0:
             # DeepCache's are further from exact ones than forecasts are: nothing is learned from them.
-            self.cached += evaluation.is_cached
+            self.cached += evaluation.is_cached and len(self.groups) == 1
             return results
         self._score(call, group, results)
         outputs = self._with_errors_taken_back(evaluation, call, group, results)
@@ -470,6 +493,8 @@ class ForecastRun(MethodRun):
         weight, scores = self.steps.weight(evaluation.step, evaluation.sigma), self.scores.get(group)
         foretold = self.to_take_back.pop(group, None)
         if not foretold or not weight or self.is_multistage or scores is None or not scores.are_derivatives_as_good:
+            return results
+        if any(one.weight > MOST_AMPLIFIED * weight for one in foretold):
             return results
         if not all(self.known[key].history for key in group):
             # Another prompt by now.
@@ -501,8 +526,8 @@ class ForecastRun(MethodRun):
             [call.x, *(one.x for one in some[:depth]), *(one.denoised for one in some[:depth])] for some in histories
         ]
         values = torch.stack([torch.stack(some) for some in given]).flatten(3).float()
-        sums = torch.tensor([[_row(way, call.sigma, history, depth) for way in ways] for history in histories])
-        foretold = torch.einsum("cwt,ctbn->cwbn", sums.to(values), values)
+        sums = [[_row(way, call.sigma, history, depth) for way in ways] for history in histories]
+        foretold = torch.einsum("cwt,ctbn->cwbn", _beside(values, sums), values)
         exact = torch.stack(list(results)).flatten(2).float()
         errors = [_errors(foretold, exact)]
         groups: list[Group] = [(key,) for key in group]
@@ -511,7 +536,7 @@ class ForecastRun(MethodRun):
             if call.weights is None:
                 errors.append(errors[0].amax(0, keepdim=True))
             else:
-                weights = torch.tensor(call.weights).to(values)
+                weights = _beside(values, call.weights)
                 combined = [torch.einsum("c,c...->...", weights, one)[None] for one in (foretold, exact)]
                 errors.append(_errors(*combined))
         self.is_combination_known &= call.weights is not None
@@ -551,6 +576,9 @@ class ForecastRun(MethodRun):
 
     def _notes(self) -> list[str]:
         notes = [f"{self.bytes / 2**20:.1f} MiB of memory" if self.bytes > 2**17 else "little memory"]
+        if self.partly:
+            was = "was" if self.partly == 1 else "were"
+            notes.append(f"{self.partly} of those skipped {was} made in part, for what could not be foretold")
         if self.cached:
             notes.append(f"nothing was learned from {self.cached} that DeepCache shortened")
         if not self.is_combination_known:
@@ -562,6 +590,8 @@ class ForecastRun(MethodRun):
     def _why_inert(self) -> str:
         if self.adapts_steps:
             return "this sampler chooses its own steps by what the model gives, which a forecast would mislead"
+        if self.made[RISEN]:
+            return "the noise level goes up in this run, where nothing can be foretold from what was before"
         budget = f"error_budget is {self.config.error_budget:g}"
         if self.least is not None:
             least = f"the least that a skip would leave is about {self.least:.2g}"
@@ -579,6 +609,11 @@ def _row(way: Way, sigma: float, history: Sequence[Exact], depth: int) -> list[f
     """A way's weights of the latent, of `depth` latents before and of as many predictions."""
     of_x, of_latents, of_predictions = way.terms(sigma, [one.sigma for one in history[:depth]])
     return [of_x, *(weight for some in (of_latents, of_predictions) for weight in [*some, *[0.0] * depth][:depth])]
+
+
+def _beside(values: Tensor, numbers: Sequence[float] | Sequence[Sequence[Sequence[float]]]) -> Tensor:
+    """Numbers where `values` are. On a GPU by way of pinned memory: from any other it would be waited for."""
+    return torch.tensor(numbers, dtype=values.dtype, pin_memory=values.is_cuda).to(values.device, non_blocking=True)
 
 
 def _errors(foretold: Tensor, exact: Tensor) -> Tensor:

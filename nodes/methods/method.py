@@ -59,6 +59,10 @@ class Model:
 SAME_LEVEL = 1e-3
 """Up to which gap two evaluations are at one noise level."""
 
+MOST_AMPLIFIED = 2.0
+"""An error is taken back in a step that has to make no more than this of it: solvers of higher order go on with what
+they were given, and a step that is much smaller than the one before would have to be given far too much."""
+
 LEAST_SIGNAL = 1e-3
 """Flow models begin with none, which would be an endless gap."""
 
@@ -85,6 +89,9 @@ class Steps:
     # Samplers that convert sigma to log-snr and back (uni_pc) return it with float32 rounding.
     TOLERANCE: ClassVar[float] = 1e-4
 
+    # By how much a step may be longer than the one before it, in lists that schedulers make.
+    UNEVEN: ClassVar[float] = 8.0
+
     def __len__(self) -> int:
         return max(0, len(self.sigmas) - 1)
 
@@ -110,11 +117,31 @@ class Steps:
         """The noise level that a step goes to; 0 past the last."""
         return self.sigmas[step + 1] if step < len(self) else 0.0
 
+    def begins_at(self, step: int, sigma: float) -> float:
+        """Where the step of an evaluation at `sigma` begins: nodes that tell the model less noise than there is do not
+        make the sampler's step shorter, nor do solvers that evaluate within it."""
+        return max(sigma, self.sigmas[step]) if step < len(self.sigmas) else sigma
+
     def weight(self, step: int, sigma: float) -> float:
-        """By how much a step from `sigma` moves x / sigma for each unit of its prediction, whatever the solver; 0 at
-        the end."""
-        following = self.following(step)
-        return 1 / following - 1 / sigma if 0 < following < sigma else 0.0
+        """By how much the step of an evaluation moves x / sigma for each unit of its prediction, whatever the solver; 0
+        at the end."""
+        begins, following = self.begins_at(step, sigma), self.following(step)
+        return 1 / following - 1 / begins if 0 < following < begins else 0.0
+
+    def share_of(self, step: int, sigma: float) -> float:
+        """By what share the step of an evaluation makes the picture in the latent the prediction."""
+        return self.share(self.begins_at(step, sigma), self.following(step))
+
+    def reach_of(self, step: int, sigma: float) -> float:
+        """By what share it decides on the picture, whatever the solver: one of second order draws a line through two
+        predictions, which in a step that is far longer than the way between them makes far more of both."""
+        found = self.share_of(step, sigma)
+        for at in (step, step + 1):
+            if 0 < at < len(self):
+                way, length = (self.gap(self.sigmas[i], self.sigmas[i + 1]) for i in (at - 1, at))
+                if 0 < self.UNEVEN * way < length < math.inf:
+                    found = max(found, self.share(self.sigmas[at], self.sigmas[at + 1]) * length / (2 * way))
+        return found
 
     def noise(self, sigma: float) -> float:
         """Noise in proportion to the picture: what one noise level has in common in all models."""

@@ -375,3 +375,35 @@ def test_errors_of_both_stay_within_forecasts_budget_and_each_thing_is_counted_o
     if budget == 0.5:
         assert skipped
         assert reused
+
+
+@pytest.mark.parametrize("dial", [{"adaptive": 0.001}, {"reuse_every": 3}], ids=str)
+@pytest.mark.parametrize("cfg", [1.0, 1.2])
+@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "dpmpp_2m_cfg_pp"])
+def test_a_sampler_that_steps_along_the_negative_is_guided_at_any_scale(sampler, cfg, dial, model):
+    """cfg++: at a scale of 1 the negative has no part in the prediction, and much in the step."""
+    settings = {"steps": STEPS, "sampler": sampler, "cfg": cfg}
+    exact = sample(model, **settings)
+    unguided = hosted.relative_error(sample(run_node("SlipstreamCFGCutoff", model, "2", cutoff=0.0), **settings), exact)
+    found = sample(run_node("SlipstreamCFGCutoff", model, "2", cutoff=1.0, **dial), **settings)
+    assert hosted.relative_error(found, exact) < unguided / 4
+
+
+def test_windows_with_prompts_of_their_own_are_told_apart(runs, last_lines):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    model = transformer("Wan 2.1")
+    positive, negative, other = (transformer_prompt("Wan 2.1", seed) for seed in (1, 2, 5))
+    given = ("standard_static", 1, False, "pyramid", 2, False, "", True)
+    windowed = ContextWindowsManualNode.execute(model, 4, 2, *given).result[0]
+    image = torch.zeros(1, 16, 8, *transformer_latent("Wan 2.1").shape[-2:])
+    sample(
+        dialled(windowed, "reuse"), positive + other, negative, steps=8, scheduler="simple", cfg=3.0, image=image
+    )  # fmt: skip
+    assert runs[0].reused
+    assert "reused the guidance of those before" in told(last_lines("2"))[1]
+
+
+def test_where_nothing_was_guided_nothing_is_said_of_reuse(model, last_lines):
+    sample(run_node("SlipstreamCFGCutoff", model, "2", cutoff=0.0, reuse_every=3), steps=6)
+    assert "reuse" not in told(last_lines("2"))[1]

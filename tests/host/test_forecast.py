@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.samplers
 import hosted
 import pytest
@@ -272,6 +274,37 @@ def test_context_windows_have_a_history_each(schedule, runs):
         assert "for a changed prompt" not in run.made
 
 
+class Watching:
+    """Another pack's, which is told of windows and can't be copied."""
+
+    def __init__(self):
+        self.calls = 0
+        self.lock = threading.Lock()
+
+    def begins(self, *args):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("node", ["SlipstreamForecast", "SlipstreamCFGCutoff"])
+def test_what_others_have_windows_call_is_called_as_it_is(node):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    watching, model = Watching(), transformer("Wan 2.1")
+    windowed = ContextWindowsManualNode.execute(model, 4, 2, "standard_static", 1, False, "pyramid", 2, False).result[0]
+    callbacks = windowed.model_options["context_handler"].callbacks
+    comfy.patcher_extension.add_callback_with_key("evaluate_context_windows", "another", watching.begins, callbacks)
+    values = {"error_budget": WIDE} if node == "SlipstreamForecast" else {"cutoff": 1.0, "reuse_every": 2}
+    prompts = [transformer_prompt("Wan 2.1", seed) for seed in (1, 2)]
+    image = torch.zeros(1, 16, 8, *transformer_latent("Wan 2.1").shape[-2:])
+    calls = []
+    for patcher in (windowed, run_node(node, windowed, "1", **values)):
+        watching.calls = 0
+        sample(patcher, *prompts, steps=6, scheduler="simple", cfg=3.0, image=image)
+        calls.append(watching.calls)
+    assert calls[0] == calls[1] > 0
+    assert callbacks == {"callbacks": {"evaluate_context_windows": {"another": [watching.begins]}}}
+
+
 def test_what_cfg_cutoff_leaves_out_forces_nothing(model, runs, last_lines):
     both = run_node("SlipstreamCFGCutoff", forecast(model), "2", cutoff=0.5)
     with Counter(model) as counted:
@@ -302,6 +335,8 @@ def test_nodes_that_evaluate_more_themselves(name, model, runs):
     assert out.isfinite().all()
     (run,) = runs
     assert run.skipped
+    # One way for each, whatever the node adds to it.
+    assert sum(run.ways.values()) == run.skipped
     # Neither the evaluation nor what the node adds to it.
     assert counted.rows.count(2) == 12 - run.skipped
     assert counted.rows.count(1) <= 12 - run.skipped

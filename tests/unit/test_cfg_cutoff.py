@@ -162,6 +162,8 @@ class Guided:
     adapts_steps: bool = False
     batch: int = 1
     twice: bool = False
+    refused: tuple = ()
+    broken: float = 0.0
 
     def __post_init__(self):
         self.sigmas = (*(self.top * 0.8**i for i in range(self.steps)), 0.0)
@@ -174,7 +176,13 @@ class Guided:
         x, self.taken, self.errors = torch.full((self.batch, 4), self.top), [], []
         for step, sigma in enumerate(self.sigmas[:-1]):
             for _ in range(1 + self.twice):
-                evaluation = Evaluation(step, sigma, budget=self.budget)
+                if step in self.refused:
+                    # An attempt that a method does not accept.
+                    attempt = Evaluation(step, sigma, budget=self.budget)
+                    off = [lambda x, s, f=f: f(x, s) + self.broken for f in predicts]
+                    run.predict_noise(attempt, Planted(self, run, attempt, off, x, sigma))
+                is_again = step in self.refused
+                evaluation = Evaluation(step, sigma, budget=self.budget, is_again=is_again)
                 denoised = run.predict_noise(evaluation, Planted(self, run, evaluation, predicts, x, sigma))
                 self.taken.append(evaluation.predictions)
                 self.errors.append(evaluation.error)
@@ -370,3 +378,49 @@ def test_new_settings():
     ):
         with pytest.raises(ValueError, match=f"CFG Cutoff: {told}"):
             CFGCutoff(**values)
+
+
+@pytest.mark.parametrize("broken", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("refused", [*((step,) for step in range(1, 12)), tuple(range(20))], ids=str)
+def test_of_an_attempt_that_was_not_accepted_nothing_is_kept(refused, broken):
+    given = Guided([SMOOTH["linear"]], refused=refused, broken=broken)
+    exact = Guided([SMOOTH["linear"]]).run(CFGCutoff(1.0, start=0.01))
+    assert torch.allclose(given.run(CFGCutoff(1.0, reuse_every=3)), exact, rtol=1e-3)
+    # What is made again is made in full.
+    assert all(given.taken[step] == 2 for step in refused)
+    reused = given.taken.count(1)
+    state, text = given.said
+    assert state == ("active" if reused else "inert")
+    assert not reused or text.startswith(f"{reused} of 20 evaluations reused the guidance")
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_lifts_no_budget(broken):
+    rough = lambda sigma: math.sin(9 * math.log(sigma))  # noqa: E731
+    given = Guided([rough], refused=(1, 2, 3), broken=broken, budget=1e-9)
+    given.run(CFGCutoff(1.0, reuse_every=4))
+    assert given.taken == [2] * 20
+
+
+@pytest.mark.parametrize("way", SMOOTH)
+def test_what_was_missed_is_not_made_much_of_in_a_small_step(way):
+    one = Difference(0, history=[(4.0, torch.ones(3))], foretold=[(3.9, torch.zeros(3), 0.5)])
+    difference = torch.tensor(SMOOTH[way](3.8)).expand(3)
+    assert one.missed(3.8, difference, most=0.5) is not None
+    assert one.missed(3.8, difference, most=0.4) is None
+
+
+@pytest.mark.parametrize("start", [0.1, 0.5])
+def test_where_no_guidance_was_is_told_of_what_forecast_skipped_too(start):
+    given = Guided([SMOOTH["held"]])
+    run = CFGCutoff(1.0, start=start).begin(Run(Model("any", None, None, 0, 0), Steps(given.sigmas), lambda p: 1 - p))
+    begins = int(start * 20)
+    for step, sigma in enumerate(given.sigmas[:-1]):
+        evaluation = Evaluation(step, sigma)
+        planted = Planted(given, run, evaluation, [lambda x, s: x, lambda x, s: x], torch.ones(1, 4), sigma)
+        if (step and step % 2 == 0) or step == begins - 1 > 0:
+            evaluation.is_forecast = True
+            planted.positive_alone = planted.guided = lambda: torch.ones(1, 4)
+        run.predict_noise(evaluation, planted)
+    assert run.verdict()[1].startswith(f"no guidance before step {begins} of 20: ")

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from slipstream_pack.nodes.methods import forecast
 from slipstream_pack.nodes.methods.forecast import (
     FIRST,
+    HELD_PREDICTION,
     LAST,
     MEMORY,
     SAME_LEVEL,
     WAYS,
     Exact,
     Forecast,
+    ForecastRun,
     Scores,
 )
 from slipstream_pack.nodes.methods.method import Evaluation, Model, Run, Steps
@@ -284,6 +287,54 @@ class Euler:
 
     def step(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
         return x + (x - denoised) / sigma * (following - sigma)
+
+
+@dataclass
+class SecondOrder(Euler):
+    """The multistep method of second order over predictions (dpmpp_2m), with one step that is much smaller.
+
+    Attributes:
+        small: after which step the noise level hardly falls; none if negative.
+        part: of the step before it.
+    """
+
+    small: int = -1
+    part: float = 0.01
+    before: tuple[torch.Tensor, float] | None = None
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        found = list(super().sigmas)
+        if self.small >= 0:
+            found[self.small + 1] = found[self.small] * (1 - self.part)
+        return tuple(found)
+
+    def sample(self, run=None, batch: int = 1) -> torch.Tensor:
+        self.before = None
+        return super().sample(run, batch)
+
+    def step(self, x: torch.Tensor, denoised: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
+        if not following:
+            return denoised
+        length, target = math.log(sigma / following), denoised
+        if self.before is not None:
+            other, last = self.before
+            target = denoised + (denoised - other) * length / (2 * last)
+        self.before = denoised, length
+        return following / sigma * x - math.expm1(-length) * target
+
+
+@dataclass
+class Apart(Euler):
+    """Each condition is asked for in a call of its own."""
+
+    def evaluate(self, run, x: torch.Tensor, step: int, sigma: float) -> torch.Tensor:
+        evaluation, found = Evaluation(step, sigma), []
+        for name in self.predicts if self.asked is None else self.asked(step):
+            call = Call(x, sigma, {name: self.predicts[name]}, (None,), (1.0,), evaluation)
+            found += call.evaluate() if run is None else run.conditions(evaluation, call)
+        self.is_forecast.append(evaluation.is_forecast)
+        return weighed(self.weights if len(found) == len(self.weights) else (1.0,), found)
 
 
 def gaussian(spread: float = 0.5, mean: float = 1.0) -> Predict:
@@ -601,3 +652,43 @@ def test_a_noise_level_that_goes_up_begins_anew():
     assert euler.is_forecast[10:12] == [False, False]
     assert any(euler.is_forecast[12:])
     assert run.made["for a noise level that went up"] == 1
+
+
+@pytest.mark.parametrize("small", range(5, 17))
+def test_an_error_is_not_taken_back_in_a_step_that_would_have_to_make_far_too_much_of_it(small, monkeypatch):
+    """Of a hand-written list of noise levels: the solver draws a line through what it was given there."""
+    config = Forecast(0.05)
+    _, latent, exact = runs_of(SecondOrder(GUIDED, CFG), config)
+    usual = off(latent, exact)
+    run, latent, exact = runs_of(SecondOrder(GUIDED, CFG, small=small), config)
+    assert run.skipped >= 8
+    assert off(latent, exact) <= 1.5 * usual
+    monkeypatch.setattr(forecast, "MOST_AMPLIFIED", 0.0)
+    _, without, _ = runs_of(SecondOrder(GUIDED, CFG, small=small), config)
+    assert off(latent, exact) <= 1.5 * off(without, exact)
+
+
+def test_scores_that_are_not_finite_let_nothing_be_skipped():
+    """A method that had the evaluation made again found that it was not."""
+    euler = Euler({"positive": gaussian()})
+    run = euler.begin(Forecast(0.05))
+    euler.evaluate(run, torch.full((1, 1, 8, 8), math.nan, dtype=torch.float64), 0, euler.sigmas[0])
+    for step, sigma in enumerate(euler.sigmas[1:12], 1):
+        euler.evaluate(run, torch.full((1, 1, 8, 8), math.nan, dtype=torch.float64), step, sigma)
+    assert not any(euler.is_forecast)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_an_endless_error_is_none_whatever_the_step(share):
+    assert ForecastRun._left_by((math.inf, HELD_PREDICTION), share) == math.inf
+
+
+def test_in_part_is_told_and_counted_once():
+    """A second condition that comes back too late for a history."""
+    asked = lambda step: ["positive", "negative"] if step < 3 or step > 9 else ["positive"]  # noqa: E731
+    euler = Apart(GUIDED, CFG, asked=asked)
+    run, _, _ = runs_of(euler, Forecast(0.5, max_skips=2))
+    assert run.partly
+    assert sum(run.ways.values()) == run.skipped == sum(euler.is_forecast)
+    was = "was" if run.partly == 1 else "were"
+    assert f"{run.partly} of those skipped {was} made in part, for what could not be foretold" in run.verdict()[1]

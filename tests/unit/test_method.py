@@ -91,3 +91,14 @@ def test_errors_say_what_was_expected_what_came_and_what_to_do():
     with pytest.raises(RuntimeError, match=r"Node: .*the model is Flux, which is none\. Use X"):
         check_unet("Node", Model("Flux", None, None, 0, 0), "Use X.")
     check_unet("Node", Model("SD15", "SD1", 320, 12, 25), "")
+
+
+def test_a_step_is_as_long_as_the_samplers_whatever_the_model_is_told():
+    """Nodes that tell the model less noise than there is, and solvers that evaluate within a step."""
+    for step, sigma in enumerate(DESCENDING.sigmas[:-1]):
+        for told in (sigma, 0.95 * sigma, 1.01 * DESCENDING.following(step)):
+            assert DESCENDING.share_of(step, told) == DESCENDING.share(sigma, DESCENDING.following(step))
+            assert DESCENDING.weight(step, told) == DESCENDING.weight(step, sigma)
+    # More noise than there is can't be told from a step before.
+    assert DESCENDING.share_of(1, 9.0) == DESCENDING.share(9.0, 4.0)
+    assert DESCENDING.share_of(5, 0.1) == 1

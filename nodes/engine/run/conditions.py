@@ -20,6 +20,8 @@ HANDLER = "context_handler"
 WINDOW_BEGINS = "evaluate_context_windows"
 """Of the host's context windows: the model option that has their handler, and its callback."""
 
+POST_CFG = "sampler_post_cfg_function"
+
 
 class Conditions:
     """The host's CALC_COND_BATCH.
@@ -47,7 +49,7 @@ class Conditions:
         if not self.around or not isinstance(getattr(handler, "callbacks", None), dict):
             return
         watched = copy.copy(handler)
-        watched.callbacks = copy.deepcopy(handler.callbacks)
+        watched.callbacks = _copied(handler.callbacks)
         add_callback_with_key(WINDOW_BEGINS, KEY, self._enter_window, watched.callbacks)
         self._handler, self._guider.model_options[HANDLER] = handler, watched
 
@@ -119,6 +121,7 @@ class HostConditionsCall:
         # Read from the device only where another node evaluates at a noise level of its own.
         evaluation = now.evaluation
         assert evaluation is not None
+        self._now = now
         self.x = x
         self.sigma = evaluation.sigma if timestep is now.timestep else float(timestep.flatten()[0])
         self.window = window
@@ -144,9 +147,10 @@ class HostConditionsCall:
 
     @property
     def are_positive(self) -> tuple[bool, ...]:
-        """By the prompts' own marks: windows and other nodes hand in copies."""
-        positive = _uuids(self._guider.conds.get("positive") or ())
-        return tuple(_uuids(cond) == positive for cond in self._conds if cond is not None)
+        """By the prompts' own marks: windows and other nodes hand in copies, or some of several prompts."""
+        positive = set(_uuids(self._guider.conds.get("positive") or ()))
+        marks = (set(_uuids(cond)) for cond in self._conds if cond is not None)
+        return tuple(bool(some) and some <= positive for some in marks)
 
     def only(self, places: Sequence[int]) -> HostConditionsCall:
         found = copy.copy(self)
@@ -166,11 +170,31 @@ class HostConditionsCall:
         if len(self.keys) == 1:
             return (1.0,)
         cfg = float(self._guider.cfg)
+        if self._is_read_by_the_sampler:
+            # cfg++ steps along the negative: x' = D + (1 - share) (x - N), which is a step by that share to another
+            # prediction, D as at a scale of cfg / share.
+            if not self._now.share:
+                return None
+            cfg /= self._now.share
         return (cfg, 1 - cfg) if len(self.keys) == 2 else None
+
+    @property
+    def _is_read_by_the_sampler(self) -> bool:
+        """Whether the sampler looks at the negative itself: what it puts after guidance is in its own options alone."""
+        given, own = (options.get(POST_CFG, ()) for options in (self._guider.model_options, self._model_options))
+        return any(function not in given for function in own)
 
     def evaluate(self) -> Sequence[torch.Tensor]:
         """The model's prediction for each."""
         return [result for result, cond in zip(self._run(self._conds), self._conds, strict=True) if cond is not None]
+
+
+def _copied(callbacks: Any) -> Any:
+    """Callbacks in mappings and lists of our own. What is called stays what it was: it may be the method of an object
+    that remembers, or that can't be copied."""
+    if isinstance(callbacks, dict):
+        return {key: _copied(some) for key, some in callbacks.items()}
+    return [*callbacks] if isinstance(callbacks, list) else callbacks
 
 
 def _uuids(cond: Sequence[dict[str, Any]]) -> tuple[Hashable, ...]:

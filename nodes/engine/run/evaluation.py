@@ -75,6 +75,12 @@ class Now:
         self.record.reused += self.evaluation.is_cached
 
     @property
+    def share(self) -> float:
+        """By what share the step of this evaluation makes the latent the prediction."""
+        assert self.evaluation is not None
+        return self._steps.share_of(self.evaluation.step, self.evaluation.sigma)
+
+    @property
     def compiles(self) -> bool:
         """Whether what is compiled may run: in an evaluation of which no method looks inside."""
         return self.evaluation is not None and not self.evaluation.is_observed
