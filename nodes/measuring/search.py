@@ -205,19 +205,18 @@ class Search:
     def run(self) -> Found:
         """All of it."""
         best: Candidate | None = None
-        self.recall()
         while len(self.found.checks) < CHECKS:
             best = self._searched()
             try:
                 if best is None or self._is_checked(best):
                     break
-                self._refuse(best)
             except _TimeIsUpError:
                 self._is_over = True
-            best = None
-            if not self.may_run:
+                best = None
                 break
-            if self._left_s() <= 0:
+            self._refuse(best)
+            best = None
+            if self.may_run and self._left_s() <= 0:
                 self._is_over = True
                 break
         self.found.best = best
@@ -229,17 +228,6 @@ class Search:
     def _refuse(self, one: Candidate) -> None:
         self._refused.add(one)
         self._known.clear()
-
-    def recall(self) -> None:
-        """Take the checks that failed in earlier sessions for what they are."""
-        for number in range(CHECKS):
-            pictures = self._fresh(number)
-            for one in self.tried():
-                if all(self.log.has(one.key, picture) for picture in pictures) and len(self.found.checks) < CHECKS:
-                    check = self._check(one, pictures)
-                    if not check.holds:
-                        self.found.checks.append(check)
-                        self._refuse(one)
 
     def _searched(self) -> Candidate | None:
         try:
@@ -561,13 +549,19 @@ class Search:
 
     def _is_checked(self, one: Candidate) -> bool:
         """Check a plan on pictures that the search never saw."""
-        pictures = self._fresh(len(self.found.checks))
+        pictures = self._to_check(one)
         for picture in pictures:
             # One by one, so that each stands between exact runs.
             self._ask([(one, picture)], is_reserved=True, is_closed=True)
         check = self._check(one, pictures)
         self.found.checks.append(check)
         return check.holds
+
+    def _to_check(self, one: Candidate) -> Sequence[str]:
+        """Those that an earlier search checked it on, whatever its floor was; else the next ones."""
+        every = (self._fresh(number) for number in range(CHECKS))
+        known = (pictures for pictures in every if all(self.log.has(one.key, picture) for picture in pictures))
+        return next(known, self._fresh(len(self.found.checks)))
 
     def _check(self, one: Candidate, pictures: Sequence[str]) -> Check:
         """What a plan's trials on fresh pictures say."""

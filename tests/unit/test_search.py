@@ -104,11 +104,11 @@ class Machine:
             return Trial(**common, seconds=seconds)
         return Trial(**common, seconds=seconds, similarity=1 - (spoiled or self.error(one, task.picture)))
 
-    def search(self, log=None, floor=FLOOR, dials=DIALS, pictures=PICTURES, minutes=math.inf):
+    def search(self, log=None, floor=FLOOR, dials=DIALS, pictures=PICTURES, minutes=math.inf, may_run=True):
         log = Log() if log is None else log
         self.references |= {trial.picture for trial in log.of(EXACT)}
         measure = Interleaved(self.run, log, self.references.__contains__)
-        return Search(dials, pictures, fresh, log, measure, floor, 20, lambda: minutes * 60 - self.now)
+        return Search(dials, pictures, fresh, log, measure, floor, 20, lambda: minutes * 60 - self.now, may_run)
 
     def best(self, floor=FLOOR, dials=DIALS):
         """What trying everything gives, without noise."""
@@ -266,6 +266,43 @@ def test_a_floor_that_is_changed_uses_what_was_measured():
     ran = Counter(run for run in machine.ran if run[0] != EXACT)
     assert set(ran.values()) == {1}
     assert len(machine.ran) - before < before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_that_a_stricter_floor_rules_out_do_not_use_up_its_checks(seed):
+    """One floor after the other on one log: what passed a check on a lower one was never up for a higher one."""
+    log, machine = Log(), Machine(seed, noise=0.0)
+    for floor in (0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99):
+        found = machine.search(log, floor=floor).run()
+        assert [(check.plan, check.holds) for check in found.checks] == [(found.best, True)]
+
+
+@pytest.mark.parametrize("may_run", [True, False])
+@pytest.mark.parametrize("count", [1, 2, CHECKS])
+def test_what_failed_on_a_fresh_seed_is_found_in_the_log_again(count, may_run):
+    """Also where nothing may run: the search goes on to the next best."""
+    failing = set()
+
+    def spoiled(one, picture):
+        if "fresh" in picture and one.levels and (one in failing or len(failing) < count):
+            failing.add(one)
+            return 0.2
+        return None
+
+    log = Log()
+    expected = Machine(spoiled=spoiled).search(log).run()
+    assert [check.holds for check in expected.checks] == [False] * count + [True] * (count < CHECKS)
+    again = Machine()
+    assert again.search(Log(from_data(log.as_data())), may_run=may_run).run() == expected
+    assert again.ran == []
+
+
+def test_where_nothing_may_run_a_plan_that_was_not_checked_is_not_the_best():
+    data, _ = interrupted(28)
+    again = Machine()
+    found = again.search(Log(from_data(data)), may_run=False).run()
+    assert (found.best, found.checks, found.is_complete) == (None, [], False)
+    assert again.ran == []
 
 
 @pytest.mark.parametrize("seconds", [0, 5, 10, 15, 40])
