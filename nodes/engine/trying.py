@@ -166,9 +166,11 @@ class Runs:
             RuntimeError: the exact model itself can't be sampled or gives pictures that are not finite.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
-        problem = ""
+        one, problem = task.of or Candidate(), ""
+        # A picture that nobody here knows is the asker's fault, no plan's.
+        call = self._call(one, task.picture)
         try:
-            return self._measured(task, task.of or Candidate())
+            return self._measured(task, one, call)
         except Exception as error:
             status, reason = outcome(error)
             if status == "interrupted" or task.plan == EXACT:
@@ -180,8 +182,7 @@ class Runs:
         at = time.monotonic() - self.began
         return Trial(task.plan, task.picture, self.session, at, problem=problem), None
 
-    def _measured(self, task: Task, one: Candidate) -> tuple[Trial, Result | None]:
-        call = self._call(one, task.picture)
+    def _measured(self, task: Task, one: Candidate, call: SamplerCall) -> tuple[Trial, Result | None]:
         model = self._model(one)
         first_s = self._make_ready(task.plan, model, call)
         if task.plan == EXACT and not self._is_warm:

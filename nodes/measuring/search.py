@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -200,6 +199,8 @@ class Search:
         self._refused: set[Candidate] = set()
         self._known: dict[str, Any] = {}
         self._first = self.pictures[0]
+        # What can be run here: the log may have pictures of other prompts.
+        self._own = {*self.pictures, *(picture for number in range(CHECKS) for picture in fresh(number))}
         self._order = {dial.name: place for place, dial in enumerate(self.dials)}
 
     def run(self) -> Found:
@@ -307,16 +308,16 @@ class Search:
                     raise _TimeIsUpError
             self._measure(tasks, self.pictures, is_closed)
             self._known.clear()
-            tasks = [
-                Task(one.key, self.log.of(one.key)[-1].picture, one) for one in self.tried() if self._is_unsteady(one)
-            ]
+            again = ((one, self._unsteady_at(one)) for one in self.tried())
+            tasks = [Task(one.key, picture, one) for one, picture in again if picture is not None]
 
-    def _is_unsteady(self, one: Candidate) -> bool:
-        """Whether no time of a candidate can be trusted, and it is not known to be that way."""
-        times = self.log.times(one.key)
-        ran = Counter(trial.picture for trial in self.log.of(one.key))
-        is_known = bool(self.log.problem(one.key)) or max(ran.values(), default=0) > 1
-        return bool(times) and not is_known and not any(time.is_steady for time in times)
+    def _unsteady_at(self, one: Candidate) -> str | None:
+        """Where a candidate ran last, if no time of it here can be trusted and it is not known to be that way."""
+        ran = [trial.picture for trial in self.log.of(one.key) if trial.picture in self._own]
+        times = self.log.times(one.key, self._own)
+        if not times or self.log.problem(one.key) or len(set(ran)) < len(ran):
+            return None
+        return None if any(time.is_steady for time in times) else ran[-1]
 
     # What is known
 

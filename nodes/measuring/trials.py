@@ -119,10 +119,11 @@ class Log:
         times = next((times for times in reversed(self._exact.values()) if times), None)
         return None if times is None else median(trial.seconds for trial in times if trial.seconds is not None)
 
-    def times(self, plan: str) -> list[Time]:
-        """A plan's times, of its trials that have an exact run before or after them."""
-        found = (self._time(trial) for trial in self.of(plan))
-        return [time for time in found if time is not None]
+    def times(self, plan: str, pictures: Iterable[str] | None = None) -> list[Time]:
+        """A plan's times, of its trials that have an exact run before or after them, at some pictures or at all."""
+        among = None if pictures is None else set(pictures)
+        trials = (trial for trial in self.of(plan) if among is None or trial.picture in among)
+        return [time for time in map(self._time, trials) if time is not None]
 
     def unsteady(self) -> int:
         """How many runs of plans have a time that does not count, since the machine was not as fast after as before."""
@@ -131,9 +132,7 @@ class Log:
 
     def usual(self, plan: str, pictures: Iterable[str] | None = None) -> list[float]:
         """The logarithms of a plan's times, of the steady ones if there are any, at some pictures or at all."""
-        among = None if pictures is None else set(pictures)
-        trials = [trial for trial in self.of(plan) if among is None or trial.picture in among]
-        times = [time for time in map(self._time, trials) if time is not None]
+        times = self.times(plan, pictures)
         return [time.log for time in times if time.is_steady] or [time.log for time in times]
 
     def ratio(self, plan: str, pictures: Iterable[str] | None = None) -> float | None:

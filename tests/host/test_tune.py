@@ -425,6 +425,25 @@ def test_pictures_that_are_not_finite_are_a_result(model, tuned, monkeypatch):
     assert "Forecast" not in (report["best"] or "")
 
 
+def test_a_picture_that_nobody_asked_for_is_no_fault_of_a_plan(model, vae):
+    one = hosted.engine("trying")
+    call = benchmark.SamplerCall(
+        prompt(model, 10),
+        prompt(model, 11),
+        {"samples": latent(model, SIZE)},
+        1,
+        STEPS,
+        5.0,
+        "euler",
+        "normal",
+        1.0,
+        "Tune",
+    )
+    runs = one.Runs(model, vae, call, [one.Prompts(call.positive, call.negative)], {})
+    with pytest.raises(KeyError):
+        runs.run(tune.Task("a plan", one.picture_of("others", 1), tune.Candidate()))
+
+
 def test_a_model_that_gives_nan_itself_is_refused(model, tuned):
     broken = model.clone()
     broken.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * float("nan"))

@@ -187,6 +187,19 @@ def test_a_machine_that_slows_down_in_the_middle_changes_nothing(at):
     assert slowed.search().run().best == Machine(noise=0.0).search().run().best
 
 
+@pytest.mark.parametrize("at", range(2, 20, 3))
+def test_what_has_no_time_to_trust_from_other_prompts_is_not_run_at_their_pictures(at):
+    """A search that was stopped while the machine slowed down; then one with prompts of its own."""
+    log = Log()
+    with pytest.raises(StoppedError):
+        Machine(noise=0.0, pace=lambda runs: 1.0 if runs < at else 2.0, stops_after=at + 2).search(log).run()
+    others = [f"other {picture}" for picture in PICTURES]
+    machine = Machine(noise=0.0)
+    machine.session = "another session"
+    assert machine.search(log, pictures=others).run().best is not None
+    assert {picture for _, picture in machine.ran}.isdisjoint(PICTURES)
+
+
 def test_a_machine_that_gets_slower_all_the_time_changes_nothing():
     slowed = Machine(noise=0.0, pace=lambda runs: 1.02**runs)
     found = slowed.search().run()
