@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -46,7 +47,7 @@ class Prompts:
     positive: Any
     negative: Any
 
-    @property
+    @cached_property
     def key(self) -> str:
         return identity.digest(self.positive, self.negative)
 
@@ -64,7 +65,7 @@ def comparable(model: Any, vae: Any, call: SamplerCall) -> dict[str, Any]:
         "patches": identity.of_patches(model),
         "plan": as_data(plan_of(model)),
         "vae": identity.of_weights(vae.patcher),
-        "latent": identity.digest({name: one for name, one in call.latent.items() if name != "batch_index"}),
+        "latent": identity.digest(call.latent),
         "steps": call.steps,
         "cfg": call.cfg,
         "sampler_name": call.sampler_name,
