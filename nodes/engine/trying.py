@@ -181,7 +181,7 @@ class Runs:
         self._models.clear()
         machine.release_unused()
         at = time.monotonic() - self.began
-        return Trial(task.plan, task.picture, self.session, at, problem=problem), None
+        return Trial(task.plan, task.picture, self.session, at, problem=problem, is_error=True), None
 
     def _measured(self, task: Task, one: Candidate, call: SamplerCall) -> tuple[Trial, Result | None]:
         model = self._model(one)

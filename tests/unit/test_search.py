@@ -98,7 +98,7 @@ class Machine:
         common = {"plan": task.plan, "picture": task.picture, "session": self.session, "at": self.now - seconds / 2}
         spoiled = self.spoiled(one, task.picture)
         if isinstance(spoiled, str):
-            return Trial(**common, problem=spoiled)
+            return Trial(**common, problem=spoiled, is_error=spoiled != "NaN")
         if task.plan == EXACT:
             self.references.add(task.picture)
             return Trial(**common, seconds=seconds)
@@ -224,6 +224,57 @@ def test_a_failure_is_a_result(problem, level):
     assert failed
     assert all(search.state(one) == "failed" and search.log.problem(one.key) == problem for one in failed)
     assert sum(level in plan for plan, _ in machine.ran) == len(failed)
+
+
+def again(log, number, spoiled=None, **options):
+    """A search of a later session with what is kept of a log."""
+    machine = Machine(noise=0.0, spoiled=spoiled)
+    machine.session = f"session {number}, later"
+    kept = Log(from_data(json.loads(json.dumps(log.as_data()))))
+    search = machine.search(kept, **options)
+    return search, search.run(), machine
+
+
+@pytest.mark.parametrize("level", ["attention 0", "cutoff 1", "forecast 0", "deepcache 0"])
+def test_an_error_that_passed_is_tried_once_more_in_a_later_session(level):
+    log = Log()
+    Machine(noise=0.0, spoiled=lambda one, picture: "out of memory" if level in one.key else None).search(log).run()
+    search, found, machine = again(log, 1)
+    assert found.best == Machine(noise=0.0).search().run().best
+    assert not any(search.log.problem(one.key) for one in search.tried())
+    # Nothing that was measured is measured twice.
+    measured = Counter((trial.plan, trial.picture) for trial in search.log.trials if trial.seconds and trial.plan)
+    assert set(measured.values()) == {1}
+    _, last, idle = again(search.log, 2)
+    assert (last.best, idle.ran) == (found.best, [])
+
+
+def test_an_error_that_comes_again_stays_and_is_told_to_be_of_an_earlier_run():
+    def spoiled(one, picture):
+        return "out of memory" if "forecast 0" in one.key else None
+
+    log = Log()
+    first = Machine(noise=0.0, spoiled=spoiled).search(log).run()
+    failed = [plan for plan in {trial.plan for trial in log.trials} if log.problem(plan)]
+    assert [log.problem(plan) for plan in failed] == ["out of memory"]
+    search, found, machine = again(log, 1, spoiled)
+    assert [run for run in machine.ran if run[0] != EXACT] == [(failed[0], PICTURES[0])]
+    assert search.log.problem(failed[0]) == "out of memory"
+    search, last, idle = again(search.log, 2)
+    assert (first.best, found.best, last.best, idle.ran) == (*[first.best] * 3, [])
+    assert search.log.problem(failed[0]) == "out of memory (in an earlier run)"
+
+
+def test_pictures_that_are_not_finite_are_a_result_for_good():
+    def spoiled(one, picture):
+        return "NaN" if "forecast 0" in one.key else None
+
+    log = Log()
+    first = Machine(noise=0.0, spoiled=spoiled).search(log).run()
+    search, found, machine = again(log, 1)
+    assert (found.best, machine.ran) == (first.best, [])
+    failed = [problem for one in search.tried() if (problem := search.log.problem(one.key))]
+    assert set(failed) == {"NaN (in an earlier run)"}
 
 
 def test_a_combination_alone_may_fail():
@@ -433,6 +484,7 @@ def test_a_time_before_any_exact_run_says_nothing():
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "seconds": 0},
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "similarity": math.nan},
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "unknown": 1},
+        {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "is_error": 1},
     ],
 )
 def test_what_is_no_trial_is_refused(entry):
