@@ -243,7 +243,7 @@ class Group:
         self._tune = tune
         self.about = cluster.abouts[names[0]]
         self.kept = tune.Kept(self.about["comparable"])
-        self.log = self.kept.log = Log(self.kept.log.trials, self.kept.write)
+        self.log = self.kept.log = Log(self.kept.log.trials, self._changed)
         self.before = len(self.log.trials)
         self.notes = [*self.about["left_out"], *([self.kept.problem] if self.kept.problem else [])]
         self.began = time.monotonic()
@@ -278,17 +278,26 @@ class Group:
         if task.plan == "":
             self._known[name].add(task.picture)
         if result is not None:
-            self.kept.put(task.plan, task.picture, result)
+            with self._tune.noting(self._note):
+                self.kept.put(task.plan, task.picture, result)
         if time.monotonic() - self._told_at > TOLD_S:
             self._told_at = time.monotonic()
             say(f"{len(self.log.trials) + 1} runs so far, {task.of.name if task.of else 'as it is'} on {name}")
         return trial
 
+    def _changed(self) -> None:
+        with self._tune.noting(self._note):
+            self.kept.write()
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            say(text)
+
     def _lost(self, error: Exception) -> None:
         if self.is_stopped:
             return
-        self.notes.append(f"{error}: what it was at ran elsewhere")
-        say(self.notes[-1])
+        self._note(f"{error}: what it was at ran elsewhere")
 
     def run(self) -> None:
         """Search, whatever ends it."""

@@ -6,13 +6,13 @@ as results, and everything that was measured kept on disk, so that nothing is me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from .inputs import check_prompt, refusing
 from .node import node_of
 from .plan.plan import Entry, plan_of
 from .plan.record import outcome
-from .saved_plans import path_of, write
+from .saved_plans import path_to_write, put_in_place, write
 from .telling import verdicts
 from .trying import METRIC, Ladder, Prompts, Runs, comparable, picture_of
 
@@ -112,24 +112,30 @@ class Kept:
         return []
 
     def write(self) -> None:
-        """Write all trials. A new file, renamed: a crash leaves the old one or the new one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write all trials.
+
+        Raises:
+            OSError: see `put_in_place`.
+        """
         data = {"schema": SCHEMA, "about": self.about, "trials": self.log.as_data()}
-        partial = self.file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        text = json.dumps(data, indent=1) + "\n"
+        put_in_place(self.file, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _named(self, plan: str, picture: str, suffix: str) -> Path:
         return self.pictures / f"{hashlib.sha256(f'{plan}@{picture}'.encode()).hexdigest()[:16]}{suffix}"
 
     def put(self, plan: str, picture: str, result: Result) -> None:
-        """Keep a latent, and its picture small."""
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        """Keep a latent, and its picture small.
+
+        Raises:
+            OSError: see `put_in_place`.
+        """
         latent = {"latent": result.latent.contiguous().cpu()}
-        safetensors.torch.save_file(latent, self._named(plan, picture, ".safetensors"))
+        put_in_place(self._named(plan, picture, ".safetensors"), lambda part: _save(latent, part))
         if result.images is not None:
             pixels = result.images[0, ..., :3].nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(self._named(plan, picture, ".webp"), quality=92)
+            image = Image.fromarray(pixels.numpy())
+            put_in_place(self._named(plan, picture, ".webp"), lambda part: image.save(part, format="WEBP", quality=92))
 
     def latent(self, plan: str, picture: str) -> torch.Tensor | None:
         """A latent that was kept; None where it is not there any more, or only a part of it."""
@@ -139,16 +145,33 @@ class Kept:
             return None
 
     def shown(self, plan: str, picture: str) -> dict[str, str] | None:
-        """A picture that was kept, where the page can see it, as the host names it."""
+        """A picture that was kept, where the page can see it, as the host names it; None where it can't be had."""
         path = self._named(plan, picture, ".webp")
-        if not path.is_file():
-            return None
         name = f"tune_{self.name}_{path.name}"
-        place = Path(folder_paths.get_temp_directory()) / "slipstream"
-        place.mkdir(parents=True, exist_ok=True)
-        if not (place / name).exists():
-            shutil.copyfile(path, place / name)
+        shown = Path(folder_paths.get_temp_directory()) / "slipstream" / name
+        try:
+            if not shown.exists():
+                put_in_place(shown, lambda part: shutil.copyfile(path, part))
+        except OSError:
+            return None
         return {"filename": name, "subfolder": "slipstream", "type": "temp"}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        # What the system says of a full disk comes as its own kind.
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[str], None]) -> Iterator[None]:
+    """What can't be kept costs no run: it is told."""
+    try:
+        yield
+    except OSError as error:
+        note(f"not everything could be kept: {error.strerror or error}")
 
 
 def pictures_of(prompts: Sequence[str], seed: int, seeds: int) -> list[str]:
@@ -241,15 +264,16 @@ class Tuning:
         return self._runs.reference(picture) is not None
 
     def _run(self, task: Task) -> Trial:
-        """One run, whatever comes of it; see `Runs.run`."""
+        """One run of the search, whatever comes of it; see `Runs.run`."""
         self._tell(f"{(task.of or Candidate()).name}, {len(self.log.trials) + 1} runs so far")
+        return self._ran(task)[0]
+
+    def _ran(self, task: Task) -> tuple[Trial, Result | None]:
         trial, result = self._runs.run(task)
         if result is not None and is_kept(task, self.search, self.log):
-            try:
+            with noting(self._note):
                 self.kept.put(task.plan, task.picture, result)
-            except OSError as error:
-                self._note(f"not everything could be kept: {error}")
-        return trial
+        return trial, result
 
     # What is told
 
@@ -258,10 +282,8 @@ class Tuning:
         self.bar.update_absolute(int(spent * (BAR - 1)))
 
     def _changed(self) -> None:
-        try:
+        with noting(self._note):
             self.kept.write()
-        except OSError as error:
-            self._note(f"not everything could be kept: {error}")
 
     def _note(self, text: str) -> None:
         if text not in self._notes:
@@ -343,19 +365,33 @@ class Tuning:
         return self._runs.configs_of(chosen)
 
     def pictures(self, chosen: Candidate | None) -> torch.Tensor | ExecutionBlocker:
-        """The exact pictures and the plan's, of the first prompt and seed that it was tried on, (2 B, H, W, C)."""
-        first = self.search.pictures[0]
-        if chosen is not None and not self.log.has(chosen.key, first):
-            first = self.log.of(chosen.key)[0].picture
-        if not self._has_reference(first):
-            self.log.add(self._run(Task(EXACT, first)))
-        reference = self._runs.reference(first)
+        """The exact pictures and the plan's, of the first prompt and seed that both are kept of, (2 B, H, W, C). Where
+        there is none, they are made of the first one."""
+        both = (picture for picture in self.search.pictures if self._is_shown(chosen, picture))
+        picture = next(both, self.search.pictures[0])
+        if not self._has_reference(picture):
+            self.log.add(self._ran(Task(EXACT, picture))[0])
+        reference = self._runs.reference(picture)
         exact = None if reference is None else reference.images
         if exact is None:
             return ExecutionBlocker("Tune: there are no images to give, since the VAE gives no pictures.")
-        latent = None if chosen is None else self.kept.latent(chosen.key, first)
-        images = exact if latent is None else self._runs.decoded(latent)
+        if chosen is None:
+            return torch.cat([exact, exact])
+        latent = self.kept.latent(chosen.key, picture)
+        if latent is None:
+            # No trial of the search: its time may stand alone, and what was told of the plan stays as it is.
+            trial, result = self._ran(Task(chosen.key, picture, chosen))
+            if result is None:
+                return ExecutionBlocker(
+                    f"Tune: there are no images to give: {chosen.name} fails now ({trial.problem})."
+                )
+            latent = result.latent
+        images = self._runs.decoded(latent)
         return torch.cat([exact, exact if images is None else images])
+
+    def _is_shown(self, chosen: Candidate | None, picture: str) -> bool:
+        is_there = chosen is None or self.kept.latent(chosen.key, picture) is not None
+        return is_there and self._has_reference(picture)
 
 
 _numbers = itertools.count(1)
@@ -389,7 +425,7 @@ def tune(
             check_prompt("Tune", f"negative{ending}", pair.negative, call.cfg)
         call.latent_for(model)
         if wanted.save_as.strip():
-            path_of("Tune", wanted.save_as.strip())
+            path_to_write("Tune", wanted.save_as)
     check_kornia("Tune")
     model = machine.as_sampled(model, *(side for pair in prompts for side in (pair.positive, pair.negative)))
     with refusing(node):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sample
 import folder_paths
 import hosted
 import pytest
+import safetensors.torch
 import small_models
 import torch
 from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
+from PIL import Image
 
 ROWS = hosted.method("tune").ROWS
 STEPS = 7
@@ -502,9 +506,9 @@ def test_what_was_kept_and_is_broken_is_measured_anew_and_told(text, model, tune
     assert json.loads(file.read_text())["trials"]
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", "a .json", "mine (Slipstream)", "计" * 100])
 def test_a_name_to_save_under_is_looked_at_before_anything_runs(name, model, tuned, runs):
-    with pytest.raises(ValueError, match="Tune: a plan's name has letters"):
+    with pytest.raises(ValueError, match=r"Tune: (a plan's name has letters|names that end in \(Slipstream\))"):
         tuned(model, save_as=name)
     assert runs == []
 
@@ -557,17 +561,93 @@ def test_a_picture_that_was_half_written_is_made_again(left, model, tuned, finis
     count = len(runs)
     output = tuned(model)
     assert report_of(output)["best"] == report_of(finished)["best"]
-    # A warm-up, and the picture to compare with.
-    assert [methods for methods, *_ in runs[count:]] == [(), ()]
+    # A warm-up, and the pictures that are given.
+    assert [methods for methods, *_ in runs[count:]] == [(), (), tuple(configs(output))]
+    assert torch.equal(output.result[1], finished.result[1])
     assert len(exact.log.trials) + 1 == len(tune.Kept(exact.about).log.trials)
 
 
-def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def no_room():
+    """No file can be written to, as the system has it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(tune.Kept, "write", full)
-    monkeypatch.setattr(tune.Kept, "put", full)
+
+def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch, folders):
+    """With the errors that the libraries raise then."""
+    for place, name in ((safetensors.torch, "save_file"), (Path, "write_text"), (Image.Image, "save")):
+        monkeypatch.setattr(place, name, no_room()(getattr(place, name)))
     report = report_of(tuned(model, seeds=1))
     assert report["best"]
-    assert any("No space left" in note for note in report["notes"])
+    assert any("not everything could be kept: " in note and "too large" in note for note in report["notes"])
+    # One of each kind.
+    assert len(report["notes"]) == len(set(report["notes"])) <= 2
+    # Nothing that is half written stays, and none is taken for whole.
+    assert not [path for path in (folders / "user").rglob("*") if path.is_file()]
+    assert all(plan["image"] is None for plan in report["plans"])
+
+
+def test_a_picture_that_cannot_be_shown_is_none(model, tuned, finished, monkeypatch, folders):
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    shutil.rmtree(folders / "temp" / "slipstream")
+    monkeypatch.setattr(tune.shutil, "copyfile", full)
+    report = report_of(tuned(model))
+    assert report["best"]
+    assert all(plan["image"] is None for plan in report["plans"])
+    assert not [path for path in (folders / "temp").rglob("*") if path.is_file()]
+
+
+def test_half_a_picture_is_never_in_the_place_of_a_whole_one(tmp_path):
+    def crashing(part):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    put_in_place = hosted.engine("saved_plans").put_in_place
+    put_in_place(tmp_path / "picture", lambda part: part.write_bytes(b"whole"))
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(tmp_path / "picture", crashing)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.glob("pict*")] == [("picture", b"whole")]
+
+
+def test_where_the_plans_picture_was_not_kept_it_is_made_once(model, tuned, runs, vae):
+    """The search has seen it already, as a later picture of another first seed."""
+    tuned(model, seeds=3)
+    output = tuned(model, seed=3, seeds=3)
+    call = {"steps": STEPS, "cfg": 5.0, "seed": 3, "image": latent(model, SIZE)}
+    for image, one in zip(output.result[1], (model, output.result[0]), strict=True):
+        with torch.inference_mode():
+            expected = vae.decode(sample(one, prompt(model, 10), prompt(model, 11), **call))
+        assert torch.equal(image, expected[0].float())
+    assert not torch.equal(*output.result[1])
+    count = len(runs)
+    again = tuned(model, seed=3, seeds=3)
+    assert len(runs) == count
+    assert torch.equal(again.result[1], output.result[1])
+    assert report_of(again)["plans"] == report_of(output)["plans"]
+
+
+def test_where_the_plans_picture_cannot_be_made_there_is_none(model, tuned, monkeypatch):
+    tuned(model, seeds=3)
+    real = tune.Tuning.pictures
+
+    def begin(self, run):
+        raise RuntimeError("gone wrong")
+
+    def pictures(self, chosen):
+        for config in self.configs(chosen):
+            monkeypatch.setattr(type(config), "begin", begin)
+        return real(self, chosen)
+
+    monkeypatch.setattr(tune.Tuning, "pictures", pictures)
+    output = tuned(model, seed=3, seeds=3)
+    assert "gone wrong" in output.result[1].message
+    assert configs(output)

@@ -239,7 +239,7 @@ def again(log, number, spoiled=None, **options):
 def test_an_error_that_passed_is_tried_once_more_in_a_later_session(level):
     log = Log()
     Machine(noise=0.0, spoiled=lambda one, picture: "out of memory" if level in one.key else None).search(log).run()
-    search, found, machine = again(log, 1)
+    search, found, _ = again(log, 1)
     assert found.best == Machine(noise=0.0).search().run().best
     assert not any(search.log.problem(one.key) for one in search.tried())
     # Nothing that was measured is measured twice.
