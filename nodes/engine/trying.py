@@ -144,6 +144,10 @@ class Runs:
         self._exact_s = 0.0
         self._is_warm = False
 
+    def knows(self, picture: str) -> bool:
+        """Whether a picture is there to compare with, or of prompts that can be sampled here."""
+        return picture in self._references or picture.split(" ")[0] in self._prompts
+
     def reference(self, picture: str) -> Result | None:
         """What the exact model gives at a picture, if that is known."""
         return self._references.get(picture)

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,38 @@ class Wanted:
     chosen: str = ""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a search looks at: keys of prompts, the first seed, and how many seeds."""
+
+    prompts: list[str]
+    seed: int
+    seeds: int
+
+    @property
+    def pictures(self) -> list[str]:
+        return pictures_of(self.prompts, self.seed, self.seeds)
+
+    def fresh(self, number: int) -> list[str]:
+        return fresh_pictures(self.prompts, self.seed, number)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Asked | None:
+        """What `asdict` told of; None where it is none."""
+        match data:
+            case {"prompts": [str(), *_] as prompts, "seed": int(seed), "seeds": int(seeds)}:
+                return cls(prompts, seed, seeds) if seeds > 0 and all(isinstance(one, str) for one in prompts) else None
+        return None
+
+
 class Kept:
     """What is on disk of all searches of one model with one sampler call: the trials, and pictures.
 
     Args:
         about: what makes the trials comparable, as plain data; its digest is the name.
+
+    Attributes:
+        last: what the last search looked at, None where that is not known.
     """
 
     def __init__(self, about: dict[str, Any]):
@@ -89,6 +115,7 @@ class Kept:
         self.folder = Path(folder_paths.get_user_directory()).joinpath(*FOLDER)
         self.name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self.problem = ""
+        self.last: Asked | None = None
         self.log = Log(self._read())
 
     @property
@@ -103,6 +130,7 @@ class Kept:
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             if data["schema"] == SCHEMA and data["about"] == self.about:
+                self.last = Asked.from_data(data.get("last"))
                 return from_data(data["trials"])
             self.problem = "what was kept of earlier runs is of another version of Slipstream, and was measured anew"
         except FileNotFoundError:
@@ -117,7 +145,8 @@ class Kept:
         Raises:
             OSError: see `put_in_place`.
         """
-        data = {"schema": SCHEMA, "about": self.about, "trials": self.log.as_data()}
+        last = {} if self.last is None else {"last": asdict(self.last)}
+        data = {"schema": SCHEMA, "about": self.about, **last, "trials": self.log.as_data()}
         text = json.dumps(data, indent=1) + "\n"
         put_in_place(self.file, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -223,23 +252,34 @@ class Tuning:
         self._notes = [*ladder.left_out, *([self.kept.problem] if self.kept.problem else [])]
         self.log = Log(self.kept.log.trials, self._changed)
         self.kept.log = self.log
-        keys = list(dict.fromkeys(one.key for one in prompts))
+        is_chosen = bool(wanted.chosen.strip())
+        asked = Asked(list(dict.fromkeys(one.key for one in prompts)), call.seed, wanted.seeds)
+        if is_chosen:
+            # A plan is chosen from what the last search told, whatever seed stands in the node by now.
+            asked = self.kept.last or asked
+        else:
+            self.kept.last = asked
         self.search = Search(
             ladder.dials,
-            pictures_of(keys, call.seed, wanted.seeds),
-            partial(fresh_pictures, keys, call.seed),
+            asked.pictures,
+            asked.fresh,
             self.log,
             Interleaved(self._run, self.log, self._has_reference),
             wanted.floor,
             call.steps,
             self._left_s,
-            may_run=not wanted.chosen.strip(),
+            may_run=not is_chosen,
         )
         self.bar = comfy.utils.ProgressBar(BAR)
         self.report: dict[str, Any] = {
             "schema": SCHEMA,
             "title": title_of(model, call),
-            "settings": {**asdict(wanted), "seed": str(call.seed), "prompts": len(keys)},
+            "settings": {
+                **asdict(wanted),
+                "seeds": asked.seeds,
+                "seed": str(asked.seed),
+                "prompts": len(asked.prompts),
+            },
             "machine": machine.describe(model.load_device),
             "metric": METRIC,
             "floor": wanted.floor,
@@ -319,7 +359,8 @@ class Tuning:
         else:
             told = "interrupted" if report["status"] == "interrupted" else f"failed ({report['reason']})"
             so_far = f"{told} after {report['runs']} runs, which are kept: run it again to go on"
-            line = verdicts.Line(report["status"], so_far)
+            best = f"; best so far: {tuned.best(report)}" if report["best"] is not None else ""
+            line = verdicts.Line(report["status"], so_far + best)
         verdicts.publish(self.where, self.node, line, {}, (self._run_number, "tune"), report)
 
     def execute(self) -> Candidate | None:
@@ -332,6 +373,9 @@ class Tuning:
         error: BaseException | None = None
         chosen: Candidate | None = None
         try:
+            if self.search.may_run:
+                # What is looked at, also where all of it was measured before.
+                self._changed()
             chosen = self.search.run().best
             if not self.search.may_run:
                 chosen = self._chosen()
@@ -369,6 +413,8 @@ class Tuning:
         there is none, they are made of the first one."""
         both = (picture for picture in self.search.pictures if self._is_shown(chosen, picture))
         picture = next(both, self.search.pictures[0])
+        if not self._runs.knows(picture):
+            return ExecutionBlocker("Tune: there are no images to give: those of the last search's prompts are gone.")
         if not self._has_reference(picture):
             self.log.add(self._ran(Task(EXACT, picture))[0])
         reference = self._runs.reference(picture)

@@ -139,7 +139,8 @@ class Found:
     """What a search came to.
 
     Attributes:
-        best: the plan to use; None for the model as it is.
+        best: the plan to use; None for the model as it is. Of a search that did not end by itself or for its time, the
+            best one so far.
         checks: of the plans that looked best, in their order; the last one is the best one's, if there is a best one.
         rival: fewer steps, as fast as the best plan; None if there is no best plan, or no fewer steps.
         is_complete: whether the search ended by itself; else its time was up, and it can go on from there.
@@ -204,27 +205,35 @@ class Search:
         self._order = {dial.name: place for place, dial in enumerate(self.dials)}
 
     def run(self) -> Found:
-        """All of it."""
-        best: Candidate | None = None
+        """All of it. Where something ends it, the best plan so far is found, though it may not have been checked."""
+        try:
+            best = self._checked()
+            self.found.best = best
+            self.found.is_complete = not self._is_over
+            if best is not None:
+                self._rival(best)
+        except BaseException:
+            self.found.is_complete, self._is_over = False, True
+            self._known.clear()
+            self.found.best = self.found.best or self._best()
+            raise
+        return self.found
+
+    def _checked(self) -> Candidate | None:
+        """The best plan that holds on fresh seeds too."""
         while len(self.found.checks) < CHECKS:
             best = self._searched()
             try:
                 if best is None or self._is_checked(best):
-                    break
+                    return best
             except _TimeIsUpError:
                 self._is_over = True
-                best = None
-                break
+                return None
             self._refuse(best)
-            best = None
             if self.may_run and self._left_s() <= 0:
                 self._is_over = True
-                break
-        self.found.best = best
-        self.found.is_complete = not self._is_over
-        if best is not None:
-            self._rival(best)
-        return self.found
+                return None
+        return None
 
     def _refuse(self, one: Candidate) -> None:
         self._refused.add(one)

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -253,14 +254,15 @@ def test_after_an_interrupt_it_goes_on_and_nothing_is_measured_twice(
     assert token != 0
 
 
-def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
+@pytest.mark.parametrize(("after", "has_best"), [(7, False), (13, True)])
+def test_an_interrupted_search_is_gone_on_with(after, has_best, model, tuned, runs, last_lines):
     class Crash(BaseException):
         pass
 
     real = tune.Tuning._run
 
     def crashing(self, task):
-        if len(runs) == 7:
+        if len(runs) == after:
             raise Crash
         return real(self, task)
 
@@ -268,6 +270,10 @@ def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
     try:
         with pytest.raises(Crash):
             tuned(model)
+        state, text = last_lines("9")[0]
+        assert state == "failed"
+        best = r"; best so far: .+x faster.*, SSIM 0\.\d+ at the worst so far, not checked on fresh seeds yet"
+        assert re.search(f"run it again to go on{best if has_best else ''}$", text)
         tune.Tuning._run = real
         report = report_of(tuned(model))
     finally:
@@ -475,6 +481,48 @@ def test_a_chosen_plan_is_used_and_nothing_measured(model, tuned, finished, runs
 
 def configs(output):
     return [entry.config for entry in plan_of(output.result[0]).entries]
+
+
+@pytest.mark.parametrize("other", [{"seed": 99}, {"seeds": 5}, {"prompts": 30}], ids=lambda other: next(iter(other)))
+def test_a_chosen_plan_is_one_of_the_last_search_whatever_stands_in_the_node(other, model, tuned, finished, runs):
+    """The page may have drawn another seed by now."""
+    first, count = report_of(finished), len(runs)
+    plans = first["plans"]
+    one = next(plan["name"] for plan in plans if plan["name"] not in (first["best"], first["rival"]))
+    values = {"positive": prompt(model, other["prompts"])} if "prompts" in other else other
+    output = tuned(model, chosen=one, **values)
+    report = report_of(output)
+    # What was measured, and with it the chart, is the same; the pictures are those that were kept.
+    assert (report["chosen"], report["best"]) == (one, first["best"])
+    assert (report["plans"], report["checks"]) == (plans, first["checks"])
+    assert (report["settings"]["seed"], report["settings"]["seeds"]) == ("1", 2)
+    assert len(runs) == count
+    assert torch.equal(output.result[1][0], finished.result[1][0])
+
+
+def test_what_was_kept_without_its_last_search_is_still_read(model, tuned, finished, runs, folders):
+    (file,) = (folders / "user" / "slipstream" / "tune").glob("*.json")
+    kept, count = json.loads(file.read_text()), len(runs)
+    for last in (None, {"prompts": [], "seed": 1, "seeds": 1}, {"prompts": ["a"], "seed": "1", "seeds": 1}, 7):
+        file.write_text(json.dumps({**kept, "last": last}))
+        report = report_of(tuned(model, chosen=report_of(finished)["plans"][0]["name"]))
+        assert report["plans"] == report_of(finished)["plans"]
+        assert report["notes"] == report_of(finished)["notes"]
+    assert len(runs) == count
+
+
+def test_a_node_placed_by_hand_keeps_its_seed(monkeypatch):
+    """Another one would begin another search."""
+
+    def control(name):
+        schema = NODES[name].define_schema()
+        return next(one for one in schema.inputs if one.id == "seed").as_dict()["control_after_generate"]
+
+    assert control("SlipstreamTune") == "fixed"
+    assert control("SlipstreamBenchmark") is True
+    # A host that knows of no such choice.
+    monkeypatch.delattr(hosted.engine("node").io, "ControlAfterGenerate")
+    assert control("SlipstreamTune") is True
 
 
 def test_a_chosen_plan_that_was_never_tried_is_refused(model, tuned, runs):

@@ -312,6 +312,22 @@ def test_after_an_interrupt_it_goes_on_and_measures_nothing_twice(after):
     assert len(ran) <= 1.1 * sum(plan != EXACT for plan, _ in whole.ran)
 
 
+@pytest.mark.parametrize("after", range(0, 36, 3))
+def test_what_ends_a_search_leaves_the_best_plan_so_far(after):
+    """As time does that is up."""
+    machine = Machine(noise=0.0, stops_after=after)
+    search = machine.search()
+    with pytest.raises(StoppedError):
+        search.run()
+    found = search.found
+    assert not found.is_complete
+    assert (found.best is not None) == (after >= 21)
+    if found.best is not None:
+        assert search.worst(found.best) >= FLOOR
+        assert search.ratio(found.best) < 1
+        assert not found.checks or found.checks[-1].plan == found.best
+
+
 def test_a_search_that_is_over_answers_from_its_log():
     whole = Machine()
     log = Log()
