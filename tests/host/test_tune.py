@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
@@ -20,6 +23,7 @@ import safetensors.torch
 import small_models
 import torch
 from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
+from loading import ROOT
 from PIL import Image
 
 ROWS = hosted.method("tune").ROWS
@@ -699,3 +703,76 @@ def test_where_the_plans_picture_cannot_be_made_there_is_none(model, tuned, monk
     output = tuned(model, seed=3, seeds=3)
     assert "gone wrong" in output.result[1].message
     assert configs(output)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """What `./slipstream tune --ray` begins with, and its arguments."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    options, ray = importlib.import_module("tune_options"), importlib.import_module("tune_ray")
+    parser = argparse.ArgumentParser()
+    options.add_options(parser)
+    return ray, lambda *argv: parser.parse_args(["--demo", "--ray", "127.0.0.1:1", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--floor", "1"], "--floor should be 0.0 to 0.9999, but is 1.0"),
+        (["--floor", "nan"], "--floor should be 0.0 to 0.9999, but is nan"),
+        (["--seeds", "0"], "--seeds should be 1 to 20, but is 0"),
+        (["--minutes", "0"], "--minutes should be 0.1 to 1440.0, but is 0.0"),
+        (["--steps", "0"], "--steps should be 1 to 10000, but is 0"),
+        (["--save-as", "mine (Slipstream)"], "--save-as: Tune: names that end in (Slipstream)"),
+        (["--save-as", "a/b"], "--save-as: Tune: a plan's name has letters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_on_a_cluster_the_nodes_ranges_and_names_hold_too(argv, told, command):
+    ray, parsed = command
+    with pytest.raises(RuntimeError, match=f"^{re.escape(told)}"):
+        ray.check(parsed(*argv))
+    ray.check(parsed("--save-as", "mine.json"))
+    assert [ray.name_of(" mine.json ", number) for number in (0, 1)] == ["mine", "mine 2"]
+    assert ray.name_of(" ", 1) == ""
+
+
+def test_on_a_cluster_a_full_disk_costs_no_run_and_is_told(model, command, monkeypatch, vae):
+    """And what the search comes to is there before a plan is written."""
+    ray, parsed = command
+    call = benchmark.SamplerCall(
+        *(prompt(model, 10), prompt(model, 11), {"samples": latent(model, SIZE)}),
+        *(1, STEPS, 5.0, "euler", "normal", 1.0, "Tune"),
+    )
+    module = hosted.engine("trying")
+    one = module.Prompts(call.positive, call.negative)
+    ladder = module.Ladder.of(model, call, "exact and approximate")
+    runs = module.Runs(model, vae, call, [one], ladder.configs)
+
+    about = {
+        "comparable": module.comparable(model, vae, call),
+        "prompts": [one.key],
+        "title": "a model",
+        "machine": {},
+        "dials": ladder.dials,
+        "left_out": [],
+    }
+
+    def asked(name, method, *arguments):
+        if method == "reference":
+            return runs.take_reference(*arguments)
+        trial, result = runs.run(arguments[0])
+        return trial, result if arguments[1] else None
+
+    cluster = SimpleNamespace(abouts={"here": about}, call=asked)
+    group = ray.Group(cluster, ["here"], parsed("--floor", "0.3", "--seeds", "1", "--steps", str(STEPS)))
+    for place, name in ((safetensors.torch, "save_file"), (Path, "write_text")):
+        monkeypatch.setattr(place, name, no_room()(getattr(place, name)))
+    with torch.inference_mode():
+        group.run()
+    report = group.report()
+    assert (report["status"], report["reason"]) == ("finished", "")
+    assert report["best"]
+    assert any("too large" in note for note in report["notes"])
+    with pytest.raises(RuntimeError, match="could not be written"):
+        group.save("mine")
