@@ -190,8 +190,8 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path)
     except safetensors.SafetensorError as error:
-        # What the system says of a full disk comes as its own kind.
-        raise OSError(str(error)) from error
+        # What the system says of a full disk comes as its own kind; without the path, it is the same each time.
+        raise OSError(str(error).split(" at path ")[0]) from error
 
 
 @contextlib.contextmanager
