@@ -63,12 +63,29 @@ def build_prompt(nodes: dict[str, Any], checkpoint: str | None, arguments: argpa
     return graph.prompt
 
 
-def show(report: dict[str, Any], saved: Path | None, output: Path) -> None:
-    """Print a report, and put the plan that was saved into the output folder."""
+def show(report: dict[str, Any]) -> None:
+    """Print a report."""
     print("\n" + report["markdown"])
+
+
+def put(saved: Path | None, output: Path) -> None:
+    """Put the plan that was saved, if one was, into the output folder."""
     if saved is not None:
         (output / "plans").mkdir(exist_ok=True)
         print(shutil.copyfile(saved, output / "plans" / saved.name))
+
+
+def saved_by(report: dict[str, Any], save_as: str, user: Path) -> Path | None:
+    """The file that the node saved its plan in. One that is there of an earlier search is none of this one's."""
+    name = save_as.strip().removesuffix(".json")
+    if not name or report["status"] != "finished" or report["chosen"] is None:
+        return None
+    return user / "slipstream" / "plans" / f"{name}.json"
+
+
+def was_measured(report: dict[str, Any]) -> bool:
+    """Whether a search came to anything. One that found nothing to try on the model has."""
+    return bool(report.get("plans")) or report.get("status") == "finished"
 
 
 def without_text(report: dict[str, Any]) -> dict[str, Any]:
@@ -83,10 +100,7 @@ def on_cluster(arguments: argparse.Namespace, output: Path, user: Path) -> None:
     name = arguments.checkpoint.name if arguments.checkpoint else None
     arguments.size = arguments.size or (GPU_PIXELS if name else DEMO_PIXELS)
 
-    def found(report: dict[str, Any], saved: Path | None) -> None:
-        show(report, saved, output)
-
-    reports = tune_on_cluster(arguments, user, *texts(arguments, name), found)
+    reports = tune_on_cluster(arguments, user, *texts(arguments, name), show, lambda saved: put(saved, output))
     if arguments.json:
         data = [without_text(report) for report in reports]
         write_json(arguments.json, data if len(data) > 1 else data[0])
@@ -116,10 +130,10 @@ def main() -> None:
         server, name = started(stack, arguments, output, "--user-directory", str(user))
         report = measure(server, build_prompt(server.nodes(), name, arguments), NODE)
 
-    if not report.get("plans"):
+    if not was_measured(report):
         raise RuntimeError(f"nothing was measured. ComfyUI's log: {server.log}")
-    saved = user / "slipstream" / "plans" / f"{arguments.save_as}.json"
-    show(report, saved if arguments.save_as and saved.is_file() else None, output)
+    show(report)
+    put(saved_by(report, arguments.save_as, user), output)
     if arguments.json:
         write_json(arguments.json, without_text(report))
     end(report, "search", server)

@@ -243,18 +243,18 @@ class Group:
         self._tune = tune
         self.about = cluster.abouts[names[0]]
         self.kept = tune.Kept(self.about["comparable"])
-        self.log = self.kept.log = Log(self.kept.log.trials, self.kept.write)
+        self.log = self.kept.log = Log(self.kept.log.trials, self._changed)
         self.before = len(self.log.trials)
         self.notes = [*self.about["left_out"], *([self.kept.problem] if self.kept.problem else [])]
         self.began = time.monotonic()
         self._told_at = 0.0
         self._known: dict[str, set[str]] = {name: set() for name in names}
         devices = [Interleaved(partial(self._run, name), self.log, partial(self._has, name)) for name in names]
-        keys = self.about["prompts"]
+        asked = self.kept.last = tune.Asked(self.about["prompts"], arguments.seed, arguments.seeds)
         self.search = Search(
             self.about["dials"],
-            tune.pictures_of(keys, arguments.seed, arguments.seeds),
-            partial(tune.fresh_pictures, keys, arguments.seed),
+            asked.pictures,
+            asked.fresh,
             self.log,
             Spread(devices, self._lost),
             arguments.floor,
@@ -278,21 +278,31 @@ class Group:
         if task.plan == "":
             self._known[name].add(task.picture)
         if result is not None:
-            self.kept.put(task.plan, task.picture, result)
+            with self._tune.noting(self._note):
+                self.kept.put(task.plan, task.picture, result)
         if time.monotonic() - self._told_at > TOLD_S:
             self._told_at = time.monotonic()
             say(f"{len(self.log.trials) + 1} runs so far, {task.of.name if task.of else 'as it is'} on {name}")
         return trial
 
+    def _changed(self) -> None:
+        with self._tune.noting(self._note):
+            self.kept.write()
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            say(text)
+
     def _lost(self, error: Exception) -> None:
         if self.is_stopped:
             return
-        self.notes.append(f"{error}: what it was at ran elsewhere")
-        say(self.notes[-1])
+        self._note(f"{error}: what it was at ran elsewhere")
 
     def run(self) -> None:
         """Search, whatever ends it."""
         try:
+            self._changed()
             self.search.run()
             self.status = "finished"
         except Exception as error:
@@ -336,7 +346,7 @@ class Group:
         from slipstream_pack.nodes.engine.saved_plans import write
 
         best, plan = self.search.found.best, Plan()
-        if best is None:
+        if best is None or self.status != "finished":
             return None
         for level in best.levels:
             about = json.loads(level.key)
@@ -344,14 +354,59 @@ class Group:
         return Path(write("Tune", name, plan))
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Before anything runs: the node's own ranges hold here too.
+
+    Raises:
+        RuntimeError: a figure is out of its range, or the name to save under is none.
+    """
+    from slipstream_pack.nodes.tune import SlipstreamTune
+
+    for one in SlipstreamTune.define_schema().inputs:
+        least, most = getattr(one, "min", None), getattr(one, "max", None)
+        value = getattr(arguments, one.id, None)
+        if least is not None and most is not None and value is not None and not least <= value <= most:
+            raise RuntimeError(f"--{one.id} should be {least} to {most}, but is {value}")
+    if arguments.save_as.strip():
+        check_name(arguments.save_as)
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        RuntimeError: it is no name to save a plan under.
+    """
+    from slipstream_pack.nodes.engine.saved_plans import path_to_write
+
+    try:
+        path_to_write("Tune", name)
+    except ValueError as error:
+        raise RuntimeError(f"--save-as: {error}") from error
+
+
+def name_of(save_as: str, number: int) -> str:
+    """What the plan of a kind of devices is saved under; empty: it is not saved."""
+    name = save_as.strip().removesuffix(".json")
+    return f"{name} {number + 1}" if name and number else name
+
+
 def tune_on_cluster(
-    arguments: argparse.Namespace, user: Path, prompts: Sequence[str], negative: str, show: Callable[..., None]
+    arguments: argparse.Namespace,
+    user: Path,
+    prompts: Sequence[str],
+    negative: str,
+    show: Callable[[dict[str, Any]], None],
+    put: Callable[[Path | None], None],
 ) -> list[dict[str, Any]]:
     """Search on a cluster, each kind of device by itself. The reports, the largest group's first.
 
     Args:
         user: the folder for what is kept.
-        show: gets each report, and the file of its plan if it was saved.
+        show: gets each report.
+        put: gets the file of each plan, None where it was not saved; after all reports, since that may fail.
+
+    Raises:
+        RuntimeError: see `check` and `Cluster`; or a plan can't be written.
     """
     sys.path.insert(0, str(PACK / "tests"))
     from loading import load_host, load_pack
@@ -361,9 +416,13 @@ def tune_on_cluster(
     import folder_paths
 
     folder_paths.set_user_directory(str(user))
+    check(arguments)
     cluster = Cluster(arguments.ray, job_of(arguments, prompts, negative))
     try:
         groups = [Group(cluster, names, arguments) for names in cluster.groups()]
+        names = [name_of(arguments.save_as, number) for number in range(len(groups))]
+        for name in filter(None, names):
+            check_name(name)
         if len(groups) > 1:
             kinds = "; ".join(f"{len(one.names)} of {one.about['machine']['device']}" for one in groups)
             say(f"devices of {len(groups)} kinds, whose times can't be compared: each has its own search ({kinds})")
@@ -379,10 +438,9 @@ def tune_on_cluster(
                 cluster.close()
     finally:
         cluster.close()
-    reports = []
-    for number, group in enumerate(groups):
-        report = group.report()
-        saved = group.save(arguments.save_as + (f" {number + 1}" if number else "")) if arguments.save_as else None
-        show(report, saved)
-        reports.append(report)
+    reports = [group.report() for group in groups]
+    for report in reports:
+        show(report)
+    for group, name in zip(groups, names, strict=True):
+        put(group.save(name) if name else None)
     return reports

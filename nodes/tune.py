@@ -27,7 +27,7 @@ class SlipstreamTune(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="A prompt as you use them. More prompts make it surer."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Latent.Input("latent_image", tooltip="The latent: size, batch, mask."),
-                *sampler_options(),
+                *sampler_options(keeps_seed=True),
                 option(
                     io.Combo,
                     "metric",

@@ -42,8 +42,14 @@ def cfg_option(name: str, tooltip: str) -> Any:
     return option(io.Float, name, default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
-def sampler_options(has_denoise: bool = True) -> list[Any]:
-    """The inputs of the host's KSampler that are no models, prompts or latents."""
+def sampler_options(has_denoise: bool = True, keeps_seed: bool = False) -> list[Any]:
+    """The inputs of the host's KSampler that are no models, prompts or latents.
+
+    Args:
+        keeps_seed: whether a node placed by hand keeps its seed after a run, on hosts that know of it; else the page
+            draws another one.
+    """
+    following = getattr(getattr(io, "ControlAfterGenerate", None), "fixed", True) if keeps_seed else True
     denoise = option(
         io.Float,
         "denoise",
@@ -60,7 +66,7 @@ def sampler_options(has_denoise: bool = True) -> list[Any]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
+            control_after_generate=following,
             tooltip="The seed of the noise.",
         ),
         option(io.Int, "steps", default=20, min=1, max=10000, tooltip="The number of steps."),

@@ -6,12 +6,14 @@ it, and only from the folders where plans are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import folder_paths
 from comfy_api.latest import io
@@ -33,6 +35,8 @@ OWN_NAMED = " (Slipstream)"
 SUFFIX = ".json"
 MOST_BYTES = 64 * 1024
 LONGEST = 100
+MOST_NAME_BYTES = 200
+"""A file's name may have 255 of them, and a character outside of ASCII takes up to four."""
 NONE = "no plans"
 
 NAME = re.compile(r"[^\W_](?:[\w ()+,.=-]*[\w)+=-])?")
@@ -49,7 +53,8 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """The plans that there are: the users' own, then those that come with the pack."""
-    return _names(folder()) + [f"{name}{OWN_NAMED}" for name in _names(OWN)]
+    own = [name for name in _names(folder()) if not name.endswith(OWN_NAMED)]
+    return own + [f"{name}{OWN_NAMED}" for name in _names(OWN)]
 
 
 def choices() -> list[str]:
@@ -62,7 +67,8 @@ def _names(place: Path) -> list[str]:
 
 
 def _is_name(name: str) -> bool:
-    return bool(NAME.fullmatch(name)) and not RESERVED.fullmatch(name) and len(name) <= LONGEST
+    is_short = len(name) <= LONGEST and len(name.encode(errors="replace")) <= MOST_NAME_BYTES
+    return is_short and bool(NAME.fullmatch(name)) and not RESERVED.fullmatch(name)
 
 
 def path_of(title: str, name: str) -> Path:
@@ -79,7 +85,8 @@ def path_of(title: str, name: str) -> Path:
     if not _is_name(stem):
         raise ValueError(
             f"{title}: a plan's name has letters, digits, spaces and ( ) + , . = - _ in it, begins with a letter or "
-            f"digit and is at most {LONGEST} characters long, but {_told(name)} came: choose another one."
+            f"digit and is at most {LONGEST} characters and {MOST_NAME_BYTES} bytes long, but {_told(name)} came: "
+            "choose another one."
         )
     path = place / f"{stem}{SUFFIX}"
     if path.resolve().parent != place.resolve():
@@ -87,25 +94,49 @@ def path_of(title: str, name: str) -> Path:
     return path
 
 
+def path_to_write(title: str, name: str) -> Path:
+    """The file that a plan is saved in under a name, as a user may write it.
+
+    Raises:
+        ValueError: it is no name, or one of the pack's own plans.
+    """
+    path = path_of(title, name.strip().removesuffix(SUFFIX))
+    if path.parent == OWN:
+        raise ValueError(f"{title}: names that end in {OWN_NAMED.strip()} are the pack's own: choose another one.")
+    return path
+
+
+def put_in_place(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, and rename it: nobody finds half of it, and a link is replaced, not followed.
+
+    Args:
+        write: writes all of it where it is told to.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    part = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
 def write(title: str, name: str, plan: Plan) -> Path:
     """Save a plan under a name, in the place of one that has it.
 
     Raises:
-        ValueError: it is no name, or one of the pack's own plans.
+        ValueError: see `path_to_write`.
         RuntimeError: it can't be written.
     """
-    name = name.strip().removesuffix(SUFFIX)
-    path = path_of(title, name)
-    if path.parent == OWN:
-        raise ValueError(f"{title}: names that end in {OWN_NAMED.strip()} are the pack's own: choose another one.")
-    # A new file, renamed: nobody finds half a plan, and a link is replaced, not followed.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    path = path_to_write(title, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_json(plan) + "\n", encoding="utf-8")
-        partial.replace(path)
+        put_in_place(path, lambda part: part.write_text(to_json(plan) + "\n", encoding="utf-8"))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RuntimeError(f"{title}: the plan could not be written to {path}: {error.strerror or error}.") from error
     return path
 

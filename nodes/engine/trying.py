@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -46,7 +47,7 @@ class Prompts:
     positive: Any
     negative: Any
 
-    @property
+    @cached_property
     def key(self) -> str:
         return identity.digest(self.positive, self.negative)
 
@@ -64,7 +65,7 @@ def comparable(model: Any, vae: Any, call: SamplerCall) -> dict[str, Any]:
         "patches": identity.of_patches(model),
         "plan": as_data(plan_of(model)),
         "vae": identity.of_weights(vae.patcher),
-        "latent": identity.digest({name: one for name, one in call.latent.items() if name != "batch_index"}),
+        "latent": identity.digest(call.latent),
         "steps": call.steps,
         "cfg": call.cfg,
         "sampler_name": call.sampler_name,
@@ -143,6 +144,10 @@ class Runs:
         self._exact_s = 0.0
         self._is_warm = False
 
+    def knows(self, picture: str) -> bool:
+        """Whether a picture is there to compare with, or of prompts that can be sampled here."""
+        return picture in self._references or picture.split(" ")[0] in self._prompts
+
     def reference(self, picture: str) -> Result | None:
         """What the exact model gives at a picture, if that is known."""
         return self._references.get(picture)
@@ -166,9 +171,11 @@ class Runs:
             RuntimeError: the exact model itself can't be sampled or gives pictures that are not finite.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
-        problem = ""
+        one, problem = task.of or Candidate(), ""
+        # A picture that nobody here knows is the asker's fault, no plan's.
+        call = self._call(one, task.picture)
         try:
-            return self._measured(task, task.of or Candidate())
+            return self._measured(task, one, call)
         except Exception as error:
             status, reason = outcome(error)
             if status == "interrupted" or task.plan == EXACT:
@@ -178,10 +185,9 @@ class Runs:
         self._models.clear()
         machine.release_unused()
         at = time.monotonic() - self.began
-        return Trial(task.plan, task.picture, self.session, at, problem=problem), None
+        return Trial(task.plan, task.picture, self.session, at, problem=problem, is_error=True), None
 
-    def _measured(self, task: Task, one: Candidate) -> tuple[Trial, Result | None]:
-        call = self._call(one, task.picture)
+    def _measured(self, task: Task, one: Candidate, call: SamplerCall) -> tuple[Trial, Result | None]:
         model = self._model(one)
         first_s = self._make_ready(task.plan, model, call)
         if task.plan == EXACT and not self._is_warm:

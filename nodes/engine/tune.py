@@ -6,15 +6,14 @@ as results, and everything that was measured kept on disk, so that nothing is me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from .inputs import check_prompt, refusing
 from .node import node_of
 from .plan.plan import Entry, plan_of
 from .plan.record import outcome
-from .saved_plans import path_of, write
+from .saved_plans import path_to_write, put_in_place, write
 from .telling import verdicts
 from .trying import METRIC, Ladder, Prompts, Runs, comparable, picture_of
 
@@ -77,11 +76,38 @@ class Wanted:
     chosen: str = ""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a search looks at: keys of prompts, the first seed, and how many seeds."""
+
+    prompts: list[str]
+    seed: int
+    seeds: int
+
+    @property
+    def pictures(self) -> list[str]:
+        return pictures_of(self.prompts, self.seed, self.seeds)
+
+    def fresh(self, number: int) -> list[str]:
+        return fresh_pictures(self.prompts, self.seed, number)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Asked | None:
+        """What `asdict` told of; None where it is none."""
+        match data:
+            case {"prompts": [str(), *_] as prompts, "seed": int(seed), "seeds": int(seeds)}:
+                return cls(prompts, seed, seeds) if seeds > 0 and all(isinstance(one, str) for one in prompts) else None
+        return None
+
+
 class Kept:
     """What is on disk of all searches of one model with one sampler call: the trials, and pictures.
 
     Args:
         about: what makes the trials comparable, as plain data; its digest is the name.
+
+    Attributes:
+        last: what the last search looked at, None where that is not known.
     """
 
     def __init__(self, about: dict[str, Any]):
@@ -89,6 +115,7 @@ class Kept:
         self.folder = Path(folder_paths.get_user_directory()).joinpath(*FOLDER)
         self.name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self.problem = ""
+        self.last: Asked | None = None
         self.log = Log(self._read())
 
     @property
@@ -103,6 +130,7 @@ class Kept:
         try:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             if data["schema"] == SCHEMA and data["about"] == self.about:
+                self.last = Asked.from_data(data.get("last"))
                 return from_data(data["trials"])
             self.problem = "what was kept of earlier runs is of another version of Slipstream, and was measured anew"
         except FileNotFoundError:
@@ -112,24 +140,31 @@ class Kept:
         return []
 
     def write(self) -> None:
-        """Write all trials. A new file, renamed: a crash leaves the old one or the new one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        data = {"schema": SCHEMA, "about": self.about, "trials": self.log.as_data()}
-        partial = self.file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        """Write all trials.
+
+        Raises:
+            OSError: see `put_in_place`.
+        """
+        last = {} if self.last is None else {"last": asdict(self.last)}
+        data = {"schema": SCHEMA, "about": self.about, **last, "trials": self.log.as_data()}
+        text = json.dumps(data, indent=1) + "\n"
+        put_in_place(self.file, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _named(self, plan: str, picture: str, suffix: str) -> Path:
         return self.pictures / f"{hashlib.sha256(f'{plan}@{picture}'.encode()).hexdigest()[:16]}{suffix}"
 
     def put(self, plan: str, picture: str, result: Result) -> None:
-        """Keep a latent, and its picture small."""
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        """Keep a latent, and its picture small.
+
+        Raises:
+            OSError: see `put_in_place`.
+        """
         latent = {"latent": result.latent.contiguous().cpu()}
-        safetensors.torch.save_file(latent, self._named(plan, picture, ".safetensors"))
+        put_in_place(self._named(plan, picture, ".safetensors"), lambda part: _save(latent, part))
         if result.images is not None:
             pixels = result.images[0, ..., :3].nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(self._named(plan, picture, ".webp"), quality=92)
+            image = Image.fromarray(pixels.numpy())
+            put_in_place(self._named(plan, picture, ".webp"), lambda part: image.save(part, format="WEBP", quality=92))
 
     def latent(self, plan: str, picture: str) -> torch.Tensor | None:
         """A latent that was kept; None where it is not there any more, or only a part of it."""
@@ -139,16 +174,33 @@ class Kept:
             return None
 
     def shown(self, plan: str, picture: str) -> dict[str, str] | None:
-        """A picture that was kept, where the page can see it, as the host names it."""
+        """A picture that was kept, where the page can see it, as the host names it; None where it can't be had."""
         path = self._named(plan, picture, ".webp")
-        if not path.is_file():
-            return None
         name = f"tune_{self.name}_{path.name}"
-        place = Path(folder_paths.get_temp_directory()) / "slipstream"
-        place.mkdir(parents=True, exist_ok=True)
-        if not (place / name).exists():
-            shutil.copyfile(path, place / name)
+        shown = Path(folder_paths.get_temp_directory()) / "slipstream" / name
+        try:
+            if not shown.exists():
+                put_in_place(shown, lambda part: shutil.copyfile(path, part))
+        except OSError:
+            return None
         return {"filename": name, "subfolder": "slipstream", "type": "temp"}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        # What the system says of a full disk comes as its own kind; without the path, it is the same each time.
+        raise OSError(str(error).split(" at path ")[0]) from error
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[str], None]) -> Iterator[None]:
+    """What can't be kept costs no run: it is told."""
+    try:
+        yield
+    except OSError as error:
+        note(f"not everything could be kept: {error.strerror or error}")
 
 
 def pictures_of(prompts: Sequence[str], seed: int, seeds: int) -> list[str]:
@@ -200,23 +252,34 @@ class Tuning:
         self._notes = [*ladder.left_out, *([self.kept.problem] if self.kept.problem else [])]
         self.log = Log(self.kept.log.trials, self._changed)
         self.kept.log = self.log
-        keys = list(dict.fromkeys(one.key for one in prompts))
+        is_chosen = bool(wanted.chosen.strip())
+        asked = Asked(list(dict.fromkeys(one.key for one in prompts)), call.seed, wanted.seeds)
+        if is_chosen:
+            # A plan is chosen from what the last search told, whatever seed stands in the node by now.
+            asked = self.kept.last or asked
+        else:
+            self.kept.last = asked
         self.search = Search(
             ladder.dials,
-            pictures_of(keys, call.seed, wanted.seeds),
-            partial(fresh_pictures, keys, call.seed),
+            asked.pictures,
+            asked.fresh,
             self.log,
             Interleaved(self._run, self.log, self._has_reference),
             wanted.floor,
             call.steps,
             self._left_s,
-            may_run=not wanted.chosen.strip(),
+            may_run=not is_chosen,
         )
         self.bar = comfy.utils.ProgressBar(BAR)
         self.report: dict[str, Any] = {
             "schema": SCHEMA,
             "title": title_of(model, call),
-            "settings": {**asdict(wanted), "seed": str(call.seed), "prompts": len(keys)},
+            "settings": {
+                **asdict(wanted),
+                "seeds": asked.seeds,
+                "seed": str(asked.seed),
+                "prompts": len(asked.prompts),
+            },
             "machine": machine.describe(model.load_device),
             "metric": METRIC,
             "floor": wanted.floor,
@@ -241,15 +304,16 @@ class Tuning:
         return self._runs.reference(picture) is not None
 
     def _run(self, task: Task) -> Trial:
-        """One run, whatever comes of it; see `Runs.run`."""
+        """One run of the search, whatever comes of it; see `Runs.run`."""
         self._tell(f"{(task.of or Candidate()).name}, {len(self.log.trials) + 1} runs so far")
+        return self._ran(task)[0]
+
+    def _ran(self, task: Task) -> tuple[Trial, Result | None]:
         trial, result = self._runs.run(task)
         if result is not None and is_kept(task, self.search, self.log):
-            try:
+            with noting(self._note):
                 self.kept.put(task.plan, task.picture, result)
-            except OSError as error:
-                self._note(f"not everything could be kept: {error}")
-        return trial
+        return trial, result
 
     # What is told
 
@@ -258,10 +322,8 @@ class Tuning:
         self.bar.update_absolute(int(spent * (BAR - 1)))
 
     def _changed(self) -> None:
-        try:
+        with noting(self._note):
             self.kept.write()
-        except OSError as error:
-            self._note(f"not everything could be kept: {error}")
 
     def _note(self, text: str) -> None:
         if text not in self._notes:
@@ -297,7 +359,8 @@ class Tuning:
         else:
             told = "interrupted" if report["status"] == "interrupted" else f"failed ({report['reason']})"
             so_far = f"{told} after {report['runs']} runs, which are kept: run it again to go on"
-            line = verdicts.Line(report["status"], so_far)
+            best = f"; best so far: {tuned.best(report)}" if report["best"] is not None else ""
+            line = verdicts.Line(report["status"], so_far + best)
         verdicts.publish(self.where, self.node, line, {}, (self._run_number, "tune"), report)
 
     def execute(self) -> Candidate | None:
@@ -310,6 +373,9 @@ class Tuning:
         error: BaseException | None = None
         chosen: Candidate | None = None
         try:
+            if self.search.may_run:
+                # What is looked at, also where all of it was measured before.
+                self._changed()
             chosen = self.search.run().best
             if not self.search.may_run:
                 chosen = self._chosen()
@@ -343,19 +409,35 @@ class Tuning:
         return self._runs.configs_of(chosen)
 
     def pictures(self, chosen: Candidate | None) -> torch.Tensor | ExecutionBlocker:
-        """The exact pictures and the plan's, of the first prompt and seed that it was tried on, (2 B, H, W, C)."""
-        first = self.search.pictures[0]
-        if chosen is not None and not self.log.has(chosen.key, first):
-            first = self.log.of(chosen.key)[0].picture
-        if not self._has_reference(first):
-            self.log.add(self._run(Task(EXACT, first)))
-        reference = self._runs.reference(first)
+        """The exact pictures and the plan's, of the first prompt and seed that both are kept of, (2 B, H, W, C). Where
+        there is none, they are made of the first one."""
+        both = (picture for picture in self.search.pictures if self._is_shown(chosen, picture))
+        picture = next(both, self.search.pictures[0])
+        if not self._runs.knows(picture):
+            return ExecutionBlocker("Tune: there are no images to give: those of the last search's prompts are gone.")
+        if not self._has_reference(picture):
+            self.log.add(self._ran(Task(EXACT, picture))[0])
+        reference = self._runs.reference(picture)
         exact = None if reference is None else reference.images
         if exact is None:
             return ExecutionBlocker("Tune: there are no images to give, since the VAE gives no pictures.")
-        latent = None if chosen is None else self.kept.latent(chosen.key, first)
-        images = exact if latent is None else self._runs.decoded(latent)
+        if chosen is None:
+            return torch.cat([exact, exact])
+        latent = self.kept.latent(chosen.key, picture)
+        if latent is None:
+            # No trial of the search: its time may stand alone, and what was told of the plan stays as it is.
+            trial, result = self._ran(Task(chosen.key, picture, chosen))
+            if result is None:
+                return ExecutionBlocker(
+                    f"Tune: there are no images to give: {chosen.name} fails now ({trial.problem})."
+                )
+            latent = result.latent
+        images = self._runs.decoded(latent)
         return torch.cat([exact, exact if images is None else images])
+
+    def _is_shown(self, chosen: Candidate | None, picture: str) -> bool:
+        is_there = chosen is None or self.kept.latent(chosen.key, picture) is not None
+        return is_there and self._has_reference(picture)
 
 
 _numbers = itertools.count(1)
@@ -389,7 +471,7 @@ def tune(
             check_prompt("Tune", f"negative{ending}", pair.negative, call.cfg)
         call.latent_for(model)
         if wanted.save_as.strip():
-            path_of("Tune", wanted.save_as.strip())
+            path_to_write("Tune", wanted.save_as)
     check_kornia("Tune")
     model = machine.as_sampled(model, *(side for pair in prompts for side in (pair.positive, pair.negative)))
     with refusing(node):

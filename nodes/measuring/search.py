@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,7 +139,8 @@ class Found:
     """What a search came to.
 
     Attributes:
-        best: the plan to use; None for the model as it is.
+        best: the plan to use; None for the model as it is. Of a search that did not end by itself or for its time, the
+            best one so far.
         checks: of the plans that looked best, in their order; the last one is the best one's, if there is a best one.
         rival: fewer steps, as fast as the best plan; None if there is no best plan, or no fewer steps.
         is_complete: whether the search ended by itself; else its time was up, and it can go on from there.
@@ -200,46 +200,44 @@ class Search:
         self._refused: set[Candidate] = set()
         self._known: dict[str, Any] = {}
         self._first = self.pictures[0]
+        # What can be run here: the log may have pictures of other prompts.
+        self._own = {*self.pictures, *(picture for number in range(CHECKS) for picture in fresh(number))}
         self._order = {dial.name: place for place, dial in enumerate(self.dials)}
 
     def run(self) -> Found:
-        """All of it."""
-        best: Candidate | None = None
-        self.recall()
+        """All of it. Where something ends it, the best plan so far is found, though it may not have been checked."""
+        try:
+            best = self._checked()
+            self.found.best = best
+            self.found.is_complete = not self._is_over
+            if best is not None:
+                self._rival(best)
+        except BaseException:
+            self.found.is_complete, self._is_over = False, True
+            self._known.clear()
+            self.found.best = self.found.best or self._best()
+            raise
+        return self.found
+
+    def _checked(self) -> Candidate | None:
+        """The best plan that holds on fresh seeds too."""
         while len(self.found.checks) < CHECKS:
             best = self._searched()
             try:
                 if best is None or self._is_checked(best):
-                    break
-                self._refuse(best)
+                    return best
             except _TimeIsUpError:
                 self._is_over = True
-            best = None
-            if not self.may_run:
-                break
-            if self._left_s() <= 0:
+                return None
+            self._refuse(best)
+            if self.may_run and self._left_s() <= 0:
                 self._is_over = True
-                break
-        self.found.best = best
-        self.found.is_complete = not self._is_over
-        if best is not None:
-            self._rival(best)
-        return self.found
+                return None
+        return None
 
     def _refuse(self, one: Candidate) -> None:
         self._refused.add(one)
         self._known.clear()
-
-    def recall(self) -> None:
-        """Take the checks that failed in earlier sessions for what they are."""
-        for number in range(CHECKS):
-            pictures = self._fresh(number)
-            for one in self.tried():
-                if all(self.log.has(one.key, picture) for picture in pictures) and len(self.found.checks) < CHECKS:
-                    check = self._check(one, pictures)
-                    if not check.holds:
-                        self.found.checks.append(check)
-                        self._refuse(one)
 
     def _searched(self) -> Candidate | None:
         try:
@@ -319,16 +317,16 @@ class Search:
                     raise _TimeIsUpError
             self._measure(tasks, self.pictures, is_closed)
             self._known.clear()
-            tasks = [
-                Task(one.key, self.log.of(one.key)[-1].picture, one) for one in self.tried() if self._is_unsteady(one)
-            ]
+            again = ((one, self._unsteady_at(one)) for one in self.tried())
+            tasks = [Task(one.key, picture, one) for one, picture in again if picture is not None]
 
-    def _is_unsteady(self, one: Candidate) -> bool:
-        """Whether no time of a candidate can be trusted, and it is not known to be that way."""
-        times = self.log.times(one.key)
-        ran = Counter(trial.picture for trial in self.log.of(one.key))
-        is_known = bool(self.log.problem(one.key)) or max(ran.values(), default=0) > 1
-        return bool(times) and not is_known and not any(time.is_steady for time in times)
+    def _unsteady_at(self, one: Candidate) -> str | None:
+        """Where a candidate ran last, if no time of it here can be trusted and it is not known to be that way."""
+        ran = [trial.picture for trial in self.log.of(one.key) if trial.picture in self._own]
+        times = self.log.times(one.key, self._own)
+        if not times or self.log.problem(one.key) or len(set(ran)) < len(ran):
+            return None
+        return None if any(time.is_steady for time in times) else ran[-1]
 
     # What is known
 
@@ -561,13 +559,19 @@ class Search:
 
     def _is_checked(self, one: Candidate) -> bool:
         """Check a plan on pictures that the search never saw."""
-        pictures = self._fresh(len(self.found.checks))
+        pictures = self._to_check(one)
         for picture in pictures:
             # One by one, so that each stands between exact runs.
             self._ask([(one, picture)], is_reserved=True, is_closed=True)
         check = self._check(one, pictures)
         self.found.checks.append(check)
         return check.holds
+
+    def _to_check(self, one: Candidate) -> Sequence[str]:
+        """Those that an earlier search checked it on, whatever its floor was; else the next ones."""
+        every = (self._fresh(number) for number in range(CHECKS))
+        known = (pictures for pictures in every if all(self.log.has(one.key, picture) for picture in pictures))
+        return next(known, self._fresh(len(self.found.checks)))
 
     def _check(self, one: Candidate, pictures: Sequence[str]) -> Check:
         """What a plan's trials on fresh pictures say."""

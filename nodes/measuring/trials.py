@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -39,6 +39,7 @@ class Trial:
         share: of the exact model's work, as rows through the network; None where it was not counted.
         first_s: what compiling and the like took besides, the first time.
         problem: why there is no picture to use, in words.
+        is_error: whether the problem is an error that was raised, which may pass; else it is what the run gave.
     """
 
     plan: str
@@ -50,6 +51,7 @@ class Trial:
     share: float | None = None
     first_s: float = 0.0
     problem: str = ""
+    is_error: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Time:
 class Log:
     """All trials, in the order in which they ran.
 
+    An error that one session alone came to may have passed, such as memory that something else had: later ones do not
+    know of it, and try the plan once more. What two came to stays.
+
     Args:
         trials: of earlier sessions.
         changed: called after each new one.
@@ -74,11 +79,17 @@ class Log:
         self._lock = threading.RLock()
         self._by_plan: dict[str, list[Trial]] = defaultdict(list)
         self._exact: dict[str, list[Trial]] = defaultdict(list)
-        for trial in trials:
-            self._put(trial)
+        earlier = list(trials)
+        self._earlier = {trial.session for trial in earlier}
+        failed = {(trial.plan, trial.session) for trial in earlier if trial.is_error}
+        times = Counter(plan for plan, _ in failed)
+        for trial in earlier:
+            self._put(trial, is_known=not trial.is_error or times[trial.plan] > 1)
 
-    def _put(self, trial: Trial) -> None:
+    def _put(self, trial: Trial, is_known: bool = True) -> None:
         self.trials.append(trial)
+        if not is_known:
+            return
         self._by_plan[trial.plan].append(trial)
         if trial.plan == EXACT and trial.seconds is not None:
             bisect.insort(self._exact[trial.session], trial, key=lambda one: one.at)
@@ -99,7 +110,10 @@ class Log:
 
     def problem(self, plan: str) -> str:
         """Why a plan cannot be used, of the first trial that says so; empty if none does."""
-        return next((trial.problem for trial in self.of(plan) if trial.problem), "")
+        first = next((trial for trial in self.of(plan) if trial.problem), None)
+        if first is None:
+            return ""
+        return f"{first.problem} (in an earlier run)" if first.session in self._earlier else first.problem
 
     def similarities(self, plan: str) -> dict[str, float]:
         """By picture, as far as there are any."""
@@ -119,10 +133,11 @@ class Log:
         times = next((times for times in reversed(self._exact.values()) if times), None)
         return None if times is None else median(trial.seconds for trial in times if trial.seconds is not None)
 
-    def times(self, plan: str) -> list[Time]:
-        """A plan's times, of its trials that have an exact run before or after them."""
-        found = (self._time(trial) for trial in self.of(plan))
-        return [time for time in found if time is not None]
+    def times(self, plan: str, pictures: Iterable[str] | None = None) -> list[Time]:
+        """A plan's times, of its trials that have an exact run before or after them, at some pictures or at all."""
+        among = None if pictures is None else set(pictures)
+        trials = (trial for trial in self.of(plan) if among is None or trial.picture in among)
+        return [time for time in map(self._time, trials) if time is not None]
 
     def unsteady(self) -> int:
         """How many runs of plans have a time that does not count, since the machine was not as fast after as before."""
@@ -131,9 +146,7 @@ class Log:
 
     def usual(self, plan: str, pictures: Iterable[str] | None = None) -> list[float]:
         """The logarithms of a plan's times, of the steady ones if there are any, at some pictures or at all."""
-        among = None if pictures is None else set(pictures)
-        trials = [trial for trial in self.of(plan) if among is None or trial.picture in among]
-        times = [time for time in map(self._time, trials) if time is not None]
+        times = self.times(plan, pictures)
         return [time.log for time in times if time.is_steady] or [time.log for time in times]
 
     def ratio(self, plan: str, pictures: Iterable[str] | None = None) -> float | None:
@@ -175,7 +188,8 @@ def from_data(data: Iterable[dict[str, Any]]) -> list[Trial]:
         texts = (trial.plan, trial.picture, trial.session, trial.problem)
         figures = (trial.seconds, trial.similarity, trial.share)
         numbers = [trial.at, trial.first_s, *(one for one in figures if one is not None)]
-        if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
+        is_typed = all(isinstance(text, str) for text in texts) and isinstance(trial.is_error, bool)
+        if not is_typed or not all(map(_is_number, numbers)):
             raise ValueError(f"no trial: {trial}")
         if trial.seconds is not None and trial.seconds <= 0:
             raise ValueError(f"no time: {trial.seconds}")

@@ -95,18 +95,28 @@ def summary(report: dict[str, Any]) -> str:
     """What came of it in one sentence."""
     metric, floor = report["metric"], f"{report['floor']:g}"
     tried = f"{len(report['plans'])} plans tried in {report['runs']} runs"
-    check = report["checks"][-1] if report["checks"] else None
+    failed = sum(not check["holds"] for check in report["checks"])
     if report["chosen"] is not None and report["chosen"] != report["best"]:
         return f"chosen: {report['chosen']}; the best one is {report['best'] or 'not known yet'} ({tried})"
     if report["best"] is None:
-        if check is not None:
-            return f"no plan: {len(report['checks'])} failed on fresh seeds; the model is as it came ({tried})"
         if not report["is_complete"]:
-            return f"no plan yet: it has not been measured to the end; the model is as it came ({tried})"
+            why = f"{failed} failed on fresh seeds, and it" if failed else "it"
+            return f"no plan yet: {why} has not been measured to the end; the model is as it came ({tried})"
+        if failed:
+            return f"no plan: {failed} failed on fresh seeds; the model is as it came ({tried})"
         return f"nothing is faster with {metric} {floor} or more; the model is as it came ({tried})"
-    assert check is not None
-    text = f"{report['best']}: {check['speed']['text']}, {metric} {check['worst']:.4f} at the worst on fresh seeds"
-    return f"{text} ({tried}{'' if report['is_complete'] else ', and there may be better ones: run it again'})"
+    ending = "" if report["is_complete"] else ", and there may be better ones: run it again"
+    return f"{best(report)} ({tried}{ending})"
+
+
+def best(report: dict[str, Any]) -> str:
+    """The best plan in words, by its check; of a search that was stopped before that, by its own pictures."""
+    found = (check for check in report["checks"] if check["name"] == report["best"] and check["holds"])
+    check, where = next(found, None), "at the worst on fresh seeds"
+    if check is None:
+        check = next(plan for plan in report["plans"] if plan["name"] == report["best"])
+        where = "at the worst so far, not checked on fresh seeds yet"
+    return f"{report['best']}: {check['speed']['text']}, {report['metric']} {check['worst']:.4f} {where}"
 
 
 def to_markdown(report: dict[str, Any]) -> str:

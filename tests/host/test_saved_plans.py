@@ -94,6 +94,8 @@ def test_the_list_has_the_users_plans_and_the_packs(model, folder):
     save(planned(model), "äpfel 2")
     (folder / "no plan.txt").touch()
     (folder / ".hidden.json").touch()
+    # Its name leads to the pack's own.
+    (folder / "mine (Slipstream).json").touch()
     found = saved_plans.choices()
     assert found[:2] == ["zebra", "äpfel 2"]
     assert len(found) == 5
@@ -126,7 +128,7 @@ ELSEWHERE = [
         "a\0b",
         "a\nb",
     ),
-    *("CON", "nul", "com1.x", "x" * 101, "-", "a.", "a:stream", "a*", "%2e%2e", "../nodes/plans/x", "..\\x"),
+    *("CON", "nul", "com1.x", "x" * 101, "计" * 67, "-", "a.", "a:stream", "a*", "%2e%2e", "../nodes/plans/x", "..\\x"),
 ]
 
 
@@ -138,6 +140,13 @@ def test_a_name_that_is_none_or_leads_elsewhere_is_refused_in_one_sentence(name,
         load(model, name)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert NODES["SlipstreamLoadPlan"].fingerprint_inputs(plan=name) == ""
+
+
+def test_a_name_may_be_as_long_in_any_script_as_a_files_may(model):
+    for name in ("x" * 100, "计" * 66):
+        save(planned(model), name)
+        assert plan_of(load(model, name)).entries
+        assert name in saved_plans.names()
 
 
 def test_a_link_to_elsewhere_is_neither_read_nor_written_through(model, folder, tmp_path):

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import gc
+import importlib
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
 import folder_paths
 import hosted
 import pytest
+import safetensors.torch
 import small_models
 import torch
 from hosted import NODES, add_lora, execute, fingerprint, latent, prompt, run_node, sample
+from loading import ROOT
+from PIL import Image
 
 ROWS = hosted.method("tune").ROWS
 STEPS = 7
@@ -249,14 +258,15 @@ def test_after_an_interrupt_it_goes_on_and_nothing_is_measured_twice(
     assert token != 0
 
 
-def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
+@pytest.mark.parametrize(("after", "has_best"), [(7, False), (13, True)])
+def test_an_interrupted_search_is_gone_on_with(after, has_best, model, tuned, runs, last_lines):
     class Crash(BaseException):
         pass
 
     real = tune.Tuning._run
 
     def crashing(self, task):
-        if len(runs) == 7:
+        if len(runs) == after:
             raise Crash
         return real(self, task)
 
@@ -264,6 +274,10 @@ def test_an_interrupted_search_is_gone_on_with(model, tuned, runs):
     try:
         with pytest.raises(Crash):
             tuned(model)
+        state, text = last_lines("9")[0]
+        assert state == "failed"
+        best = r"; best so far: .+x faster.*, SSIM 0\.\d+ at the worst so far, not checked on fresh seeds yet"
+        assert re.search(f"run it again to go on{best if has_best else ''}$", text)
         tune.Tuning._run = real
         report = report_of(tuned(model))
     finally:
@@ -291,7 +305,9 @@ def test_a_method_that_fails_is_a_result(error, told, model, tuned, runs, monkey
     def begin(self, run):
         raise error
 
-    monkeypatch.setattr(hosted.method("forecast").Forecast, "begin", begin)
+    forecast = hosted.method("forecast").Forecast
+    real = forecast.begin
+    monkeypatch.setattr(forecast, "begin", begin)
     report = report_of(tuned(model, seeds=1))
     assert report["is_complete"]
     assert "Forecast" not in (report["best"] or "")
@@ -299,6 +315,11 @@ def test_a_method_that_fails_is_a_result(error, told, model, tuned, runs, monkey
     assert failed
     assert all(plan["state"] == "failed" and told in plan["problem"] for plan in failed)
     assert told in report["markdown"]
+    # Once it has passed, what was left out for it is found.
+    monkeypatch.setattr(forecast, "begin", real)
+    again = report_of(tuned(model, seeds=1))
+    assert "Forecast" in again["best"]
+    assert not any(plan["problem"] for plan in again["plans"])
 
 
 @pytest.fixture
@@ -425,6 +446,25 @@ def test_pictures_that_are_not_finite_are_a_result(model, tuned, monkeypatch):
     assert "Forecast" not in (report["best"] or "")
 
 
+def test_a_picture_that_nobody_asked_for_is_no_fault_of_a_plan(model, vae):
+    one = hosted.engine("trying")
+    call = benchmark.SamplerCall(
+        prompt(model, 10),
+        prompt(model, 11),
+        {"samples": latent(model, SIZE)},
+        1,
+        STEPS,
+        5.0,
+        "euler",
+        "normal",
+        1.0,
+        "Tune",
+    )
+    runs = one.Runs(model, vae, call, [one.Prompts(call.positive, call.negative)], {})
+    with pytest.raises(KeyError):
+        runs.run(tune.Task("a plan", one.picture_of("others", 1), tune.Candidate()))
+
+
 def test_a_model_that_gives_nan_itself_is_refused(model, tuned):
     broken = model.clone()
     broken.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * float("nan"))
@@ -445,6 +485,48 @@ def test_a_chosen_plan_is_used_and_nothing_measured(model, tuned, finished, runs
 
 def configs(output):
     return [entry.config for entry in plan_of(output.result[0]).entries]
+
+
+@pytest.mark.parametrize("other", [{"seed": 99}, {"seeds": 5}, {"prompts": 30}], ids=lambda other: next(iter(other)))
+def test_a_chosen_plan_is_one_of_the_last_search_whatever_stands_in_the_node(other, model, tuned, finished, runs):
+    """The page may have drawn another seed by now."""
+    first, count = report_of(finished), len(runs)
+    plans = first["plans"]
+    one = next(plan["name"] for plan in plans if plan["name"] not in (first["best"], first["rival"]))
+    values = {"positive": prompt(model, other["prompts"])} if "prompts" in other else other
+    output = tuned(model, chosen=one, **values)
+    report = report_of(output)
+    # What was measured, and with it the chart, is the same; the pictures are those that were kept.
+    assert (report["chosen"], report["best"]) == (one, first["best"])
+    assert (report["plans"], report["checks"]) == (plans, first["checks"])
+    assert (report["settings"]["seed"], report["settings"]["seeds"]) == ("1", 2)
+    assert len(runs) == count
+    assert torch.equal(output.result[1][0], finished.result[1][0])
+
+
+def test_what_was_kept_without_its_last_search_is_still_read(model, tuned, finished, runs, folders):
+    (file,) = (folders / "user" / "slipstream" / "tune").glob("*.json")
+    kept, count = json.loads(file.read_text()), len(runs)
+    for last in (None, {"prompts": [], "seed": 1, "seeds": 1}, {"prompts": ["a"], "seed": "1", "seeds": 1}, 7):
+        file.write_text(json.dumps({**kept, "last": last}))
+        report = report_of(tuned(model, chosen=report_of(finished)["plans"][0]["name"]))
+        assert report["plans"] == report_of(finished)["plans"]
+        assert report["notes"] == report_of(finished)["notes"]
+    assert len(runs) == count
+
+
+def test_a_node_placed_by_hand_keeps_its_seed(monkeypatch):
+    """Another one would begin another search."""
+
+    def control(name):
+        schema = NODES[name].define_schema()
+        return next(one for one in schema.inputs if one.id == "seed").as_dict()["control_after_generate"]
+
+    assert control("SlipstreamTune") == "fixed"
+    assert control("SlipstreamBenchmark") is True
+    # A host that knows of no such choice.
+    monkeypatch.delattr(hosted.engine("node").io, "ControlAfterGenerate")
+    assert control("SlipstreamTune") is True
 
 
 def test_a_chosen_plan_that_was_never_tried_is_refused(model, tuned, runs):
@@ -476,9 +558,9 @@ def test_what_was_kept_and_is_broken_is_measured_anew_and_told(text, model, tune
     assert json.loads(file.read_text())["trials"]
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", "a .json", "mine (Slipstream)", "计" * 100])
 def test_a_name_to_save_under_is_looked_at_before_anything_runs(name, model, tuned, runs):
-    with pytest.raises(ValueError, match="Tune: a plan's name has letters"):
+    with pytest.raises(ValueError, match=r"Tune: (a plan's name has letters|names that end in \(Slipstream\))"):
         tuned(model, save_as=name)
     assert runs == []
 
@@ -531,17 +613,166 @@ def test_a_picture_that_was_half_written_is_made_again(left, model, tuned, finis
     count = len(runs)
     output = tuned(model)
     assert report_of(output)["best"] == report_of(finished)["best"]
-    # A warm-up, and the picture to compare with.
-    assert [methods for methods, *_ in runs[count:]] == [(), ()]
+    # A warm-up, and the pictures that are given.
+    assert [methods for methods, *_ in runs[count:]] == [(), (), tuple(configs(output))]
+    assert torch.equal(output.result[1], finished.result[1])
     assert len(exact.log.trials) + 1 == len(tune.Kept(exact.about).log.trials)
 
 
-def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def no_room():
+    """No file can be written to, as the system has it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(tune.Kept, "write", full)
-    monkeypatch.setattr(tune.Kept, "put", full)
+
+def test_a_full_disk_costs_no_run_and_is_told(model, tuned, monkeypatch, folders):
+    """With the errors that the libraries raise then."""
+    for place, name in ((safetensors.torch, "save_file"), (Path, "write_text"), (Image.Image, "save")):
+        monkeypatch.setattr(place, name, no_room()(getattr(place, name)))
     report = report_of(tuned(model, seeds=1))
     assert report["best"]
-    assert any("No space left" in note for note in report["notes"])
+    assert any("not everything could be kept: " in note and "too large" in note for note in report["notes"])
+    # One of each kind.
+    assert len(report["notes"]) == len(set(report["notes"])) <= 2
+    # Nothing that is half written stays, and none is taken for whole.
+    assert not [path for path in (folders / "user").rglob("*") if path.is_file()]
+    assert all(plan["image"] is None for plan in report["plans"])
+
+
+def test_a_picture_that_cannot_be_shown_is_none(model, tuned, finished, monkeypatch, folders):
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    shutil.rmtree(folders / "temp" / "slipstream")
+    monkeypatch.setattr(tune.shutil, "copyfile", full)
+    report = report_of(tuned(model))
+    assert report["best"]
+    assert all(plan["image"] is None for plan in report["plans"])
+    assert not [path for path in (folders / "temp").rglob("*") if path.is_file()]
+
+
+def test_half_a_picture_is_never_in_the_place_of_a_whole_one(tmp_path):
+    def crashing(part):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    put_in_place = hosted.engine("saved_plans").put_in_place
+    put_in_place(tmp_path / "picture", lambda part: part.write_bytes(b"whole"))
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(tmp_path / "picture", crashing)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.glob("pict*")] == [("picture", b"whole")]
+
+
+def test_where_the_plans_picture_was_not_kept_it_is_made_once(model, tuned, runs, vae):
+    """The search has seen it already, as a later picture of another first seed."""
+    tuned(model, seeds=3)
+    output = tuned(model, seed=3, seeds=3)
+    call = {"steps": STEPS, "cfg": 5.0, "seed": 3, "image": latent(model, SIZE)}
+    for image, one in zip(output.result[1], (model, output.result[0]), strict=True):
+        with torch.inference_mode():
+            expected = vae.decode(sample(one, prompt(model, 10), prompt(model, 11), **call))
+        assert torch.equal(image, expected[0].float())
+    assert not torch.equal(*output.result[1])
+    count = len(runs)
+    again = tuned(model, seed=3, seeds=3)
+    assert len(runs) == count
+    assert torch.equal(again.result[1], output.result[1])
+    assert report_of(again)["plans"] == report_of(output)["plans"]
+
+
+def test_where_the_plans_picture_cannot_be_made_there_is_none(model, tuned, monkeypatch):
+    tuned(model, seeds=3)
+    real = tune.Tuning.pictures
+
+    def begin(self, run):
+        raise RuntimeError("gone wrong")
+
+    def pictures(self, chosen):
+        for config in self.configs(chosen):
+            monkeypatch.setattr(type(config), "begin", begin)
+        return real(self, chosen)
+
+    monkeypatch.setattr(tune.Tuning, "pictures", pictures)
+    output = tuned(model, seed=3, seeds=3)
+    assert "gone wrong" in output.result[1].message
+    assert configs(output)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """What `./slipstream tune --ray` begins with, and its arguments."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    options, ray = importlib.import_module("tune_options"), importlib.import_module("tune_ray")
+    parser = argparse.ArgumentParser()
+    options.add_options(parser)
+    return ray, lambda *argv: parser.parse_args(["--demo", "--ray", "127.0.0.1:1", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--floor", "1"], "--floor should be 0.0 to 0.9999, but is 1.0"),
+        (["--floor", "nan"], "--floor should be 0.0 to 0.9999, but is nan"),
+        (["--seeds", "0"], "--seeds should be 1 to 20, but is 0"),
+        (["--minutes", "0"], "--minutes should be 0.1 to 1440.0, but is 0.0"),
+        (["--steps", "0"], "--steps should be 1 to 10000, but is 0"),
+        (["--save-as", "mine (Slipstream)"], "--save-as: Tune: names that end in (Slipstream)"),
+        (["--save-as", "a/b"], "--save-as: Tune: a plan's name has letters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_on_a_cluster_the_nodes_ranges_and_names_hold_too(argv, told, command):
+    ray, parsed = command
+    with pytest.raises(RuntimeError, match=f"^{re.escape(told)}"):
+        ray.check(parsed(*argv))
+    ray.check(parsed("--save-as", "mine.json"))
+    assert [ray.name_of(" mine.json ", number) for number in (0, 1)] == ["mine", "mine 2"]
+    assert ray.name_of(" ", 1) == ""
+
+
+def test_on_a_cluster_a_full_disk_costs_no_run_and_is_told(model, command, monkeypatch, vae):
+    """And what the search comes to is there before a plan is written."""
+    ray, parsed = command
+    call = benchmark.SamplerCall(
+        *(prompt(model, 10), prompt(model, 11), {"samples": latent(model, SIZE)}),
+        *(1, STEPS, 5.0, "euler", "normal", 1.0, "Tune"),
+    )
+    module = hosted.engine("trying")
+    one = module.Prompts(call.positive, call.negative)
+    ladder = module.Ladder.of(model, call, "exact and approximate")
+    runs = module.Runs(model, vae, call, [one], ladder.configs)
+
+    about = {
+        "comparable": module.comparable(model, vae, call),
+        "prompts": [one.key],
+        "title": "a model",
+        "machine": {},
+        "dials": ladder.dials,
+        "left_out": [],
+    }
+
+    def asked(name, method, *arguments):
+        if method == "reference":
+            return runs.take_reference(*arguments)
+        trial, result = runs.run(arguments[0])
+        return trial, result if arguments[1] else None
+
+    cluster = SimpleNamespace(abouts={"here": about}, call=asked)
+    group = ray.Group(cluster, ["here"], parsed("--floor", "0.3", "--seeds", "1", "--steps", str(STEPS)))
+    for place, name in ((safetensors.torch, "save_file"), (Path, "write_text")):
+        monkeypatch.setattr(place, name, no_room()(getattr(place, name)))
+    with torch.inference_mode():
+        group.run()
+    report = group.report()
+    assert (report["status"], report["reason"]) == ("finished", "")
+    assert report["best"]
+    assert any("too large" in note for note in report["notes"])
+    with pytest.raises(RuntimeError, match="could not be written"):
+        group.save("mine")

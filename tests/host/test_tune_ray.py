@@ -67,11 +67,10 @@ def tuned(address: str, user: Path, monkeypatch, **values):
     import tune_ray
 
     monkeypatch.setattr(folder_paths, "user_directory", str(user))
-    shown = []
-    (report,) = tune_ray.tune_on_cluster(
-        options(address, **values), user, PROMPTS, "", lambda *told: shown.append(told)
-    )
-    assert [one for one, _ in shown] == [report]
+    shown, saved = [], []
+    (report,) = tune_ray.tune_on_cluster(options(address, **values), user, PROMPTS, "", shown.append, saved.append)
+    assert shown == [report]
+    assert len(saved) == 1
     (file,) = (user / "slipstream" / "tune").glob("*.json")
     return report, file
 

@@ -98,17 +98,17 @@ class Machine:
         common = {"plan": task.plan, "picture": task.picture, "session": self.session, "at": self.now - seconds / 2}
         spoiled = self.spoiled(one, task.picture)
         if isinstance(spoiled, str):
-            return Trial(**common, problem=spoiled)
+            return Trial(**common, problem=spoiled, is_error=spoiled != "NaN")
         if task.plan == EXACT:
             self.references.add(task.picture)
             return Trial(**common, seconds=seconds)
         return Trial(**common, seconds=seconds, similarity=1 - (spoiled or self.error(one, task.picture)))
 
-    def search(self, log=None, floor=FLOOR, dials=DIALS, pictures=PICTURES, minutes=math.inf):
+    def search(self, log=None, floor=FLOOR, dials=DIALS, pictures=PICTURES, minutes=math.inf, may_run=True):
         log = Log() if log is None else log
         self.references |= {trial.picture for trial in log.of(EXACT)}
         measure = Interleaved(self.run, log, self.references.__contains__)
-        return Search(dials, pictures, fresh, log, measure, floor, 20, lambda: minutes * 60 - self.now)
+        return Search(dials, pictures, fresh, log, measure, floor, 20, lambda: minutes * 60 - self.now, may_run)
 
     def best(self, floor=FLOOR, dials=DIALS):
         """What trying everything gives, without noise."""
@@ -187,6 +187,19 @@ def test_a_machine_that_slows_down_in_the_middle_changes_nothing(at):
     assert slowed.search().run().best == Machine(noise=0.0).search().run().best
 
 
+@pytest.mark.parametrize("at", range(2, 20, 3))
+def test_what_has_no_time_to_trust_from_other_prompts_is_not_run_at_their_pictures(at):
+    """A search that was stopped while the machine slowed down; then one with prompts of its own."""
+    log = Log()
+    with pytest.raises(StoppedError):
+        Machine(noise=0.0, pace=lambda runs: 1.0 if runs < at else 2.0, stops_after=at + 2).search(log).run()
+    others = [f"other {picture}" for picture in PICTURES]
+    machine = Machine(noise=0.0)
+    machine.session = "another session"
+    assert machine.search(log, pictures=others).run().best is not None
+    assert {picture for _, picture in machine.ran}.isdisjoint(PICTURES)
+
+
 def test_a_machine_that_gets_slower_all_the_time_changes_nothing():
     slowed = Machine(noise=0.0, pace=lambda runs: 1.02**runs)
     found = slowed.search().run()
@@ -211,6 +224,57 @@ def test_a_failure_is_a_result(problem, level):
     assert failed
     assert all(search.state(one) == "failed" and search.log.problem(one.key) == problem for one in failed)
     assert sum(level in plan for plan, _ in machine.ran) == len(failed)
+
+
+def again(log, number, spoiled=None, **options):
+    """A search of a later session with what is kept of a log."""
+    machine = Machine(noise=0.0, spoiled=spoiled)
+    machine.session = f"session {number}, later"
+    kept = Log(from_data(json.loads(json.dumps(log.as_data()))))
+    search = machine.search(kept, **options)
+    return search, search.run(), machine
+
+
+@pytest.mark.parametrize("level", ["attention 0", "cutoff 1", "forecast 0", "deepcache 0"])
+def test_an_error_that_passed_is_tried_once_more_in_a_later_session(level):
+    log = Log()
+    Machine(noise=0.0, spoiled=lambda one, picture: "out of memory" if level in one.key else None).search(log).run()
+    search, found, _ = again(log, 1)
+    assert found.best == Machine(noise=0.0).search().run().best
+    assert not any(search.log.problem(one.key) for one in search.tried())
+    # Nothing that was measured is measured twice.
+    measured = Counter((trial.plan, trial.picture) for trial in search.log.trials if trial.seconds and trial.plan)
+    assert set(measured.values()) == {1}
+    _, last, idle = again(search.log, 2)
+    assert (last.best, idle.ran) == (found.best, [])
+
+
+def test_an_error_that_comes_again_stays_and_is_told_to_be_of_an_earlier_run():
+    def spoiled(one, picture):
+        return "out of memory" if "forecast 0" in one.key else None
+
+    log = Log()
+    first = Machine(noise=0.0, spoiled=spoiled).search(log).run()
+    failed = [plan for plan in {trial.plan for trial in log.trials} if log.problem(plan)]
+    assert [log.problem(plan) for plan in failed] == ["out of memory"]
+    search, found, machine = again(log, 1, spoiled)
+    assert [run for run in machine.ran if run[0] != EXACT] == [(failed[0], PICTURES[0])]
+    assert search.log.problem(failed[0]) == "out of memory"
+    search, last, idle = again(search.log, 2)
+    assert (first.best, found.best, last.best, idle.ran) == (*[first.best] * 3, [])
+    assert search.log.problem(failed[0]) == "out of memory (in an earlier run)"
+
+
+def test_pictures_that_are_not_finite_are_a_result_for_good():
+    def spoiled(one, picture):
+        return "NaN" if "forecast 0" in one.key else None
+
+    log = Log()
+    first = Machine(noise=0.0, spoiled=spoiled).search(log).run()
+    search, found, machine = again(log, 1)
+    assert (found.best, machine.ran) == (first.best, [])
+    failed = [problem for one in search.tried() if (problem := search.log.problem(one.key))]
+    assert set(failed) == {"NaN (in an earlier run)"}
 
 
 def test_a_combination_alone_may_fail():
@@ -248,6 +312,22 @@ def test_after_an_interrupt_it_goes_on_and_measures_nothing_twice(after):
     assert len(ran) <= 1.1 * sum(plan != EXACT for plan, _ in whole.ran)
 
 
+@pytest.mark.parametrize("after", range(0, 36, 3))
+def test_what_ends_a_search_leaves_the_best_plan_so_far(after):
+    """As time does that is up."""
+    machine = Machine(noise=0.0, stops_after=after)
+    search = machine.search()
+    with pytest.raises(StoppedError):
+        search.run()
+    found = search.found
+    assert not found.is_complete
+    assert (found.best is not None) == (after >= 21)
+    if found.best is not None:
+        assert search.worst(found.best) >= FLOOR
+        assert search.ratio(found.best) < 1
+        assert not found.checks or found.checks[-1].plan == found.best
+
+
 def test_a_search_that_is_over_answers_from_its_log():
     whole = Machine()
     log = Log()
@@ -266,6 +346,43 @@ def test_a_floor_that_is_changed_uses_what_was_measured():
     ran = Counter(run for run in machine.ran if run[0] != EXACT)
     assert set(ran.values()) == {1}
     assert len(machine.ran) - before < before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_that_a_stricter_floor_rules_out_do_not_use_up_its_checks(seed):
+    """One floor after the other on one log: what passed a check on a lower one was never up for a higher one."""
+    log, machine = Log(), Machine(seed, noise=0.0)
+    for floor in (0.9, 0.93, 0.95, 0.97, 0.98, 0.985, 0.99):
+        found = machine.search(log, floor=floor).run()
+        assert [(check.plan, check.holds) for check in found.checks] == [(found.best, True)]
+
+
+@pytest.mark.parametrize("may_run", [True, False])
+@pytest.mark.parametrize("count", [1, 2, CHECKS])
+def test_what_failed_on_a_fresh_seed_is_found_in_the_log_again(count, may_run):
+    """Also where nothing may run: the search goes on to the next best."""
+    failing = set()
+
+    def spoiled(one, picture):
+        if "fresh" in picture and one.levels and (one in failing or len(failing) < count):
+            failing.add(one)
+            return 0.2
+        return None
+
+    log = Log()
+    expected = Machine(spoiled=spoiled).search(log).run()
+    assert [check.holds for check in expected.checks] == [False] * count + [True] * (count < CHECKS)
+    again = Machine()
+    assert again.search(Log(from_data(log.as_data())), may_run=may_run).run() == expected
+    assert again.ran == []
+
+
+def test_where_nothing_may_run_a_plan_that_was_not_checked_is_not_the_best():
+    data, _ = interrupted(28)
+    again = Machine()
+    found = again.search(Log(from_data(data)), may_run=False).run()
+    assert (found.best, found.checks, found.is_complete) == (None, [], False)
+    assert again.ran == []
 
 
 @pytest.mark.parametrize("seconds", [0, 5, 10, 15, 40])
@@ -383,6 +500,7 @@ def test_a_time_before_any_exact_run_says_nothing():
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "seconds": 0},
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "similarity": math.nan},
         {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "unknown": 1},
+        {"plan": "a", "picture": "b", "session": "c", "at": 1.0, "is_error": 1},
     ],
 )
 def test_what_is_no_trial_is_refused(entry):

@@ -85,3 +85,33 @@ def test_more_prompts_than_the_node_takes_are_refused():
 
 def test_the_choices_are_those_of_the_node():
     assert tune_options.MAY_USE == MAY_USE
+
+
+def test_what_was_saved_is_what_this_search_saved(tmp_path):
+    plans = tmp_path / "slipstream" / "plans"
+    plans.mkdir(parents=True)
+    file = plans / "mine.json"
+    # Of an earlier search.
+    file.touch()
+
+    def saved(name="mine", status="finished", chosen="a plan"):
+        return tune.saved_by({"status": status, "chosen": chosen}, name, tmp_path)
+
+    assert [saved(), saved("mine.json"), saved(" mine ")] == [file] * 3
+    assert [saved(chosen=None), saved(status="interrupted"), saved(status="failed"), saved("")] == [None] * 4
+
+
+def test_the_plan_is_put_into_the_output_folder(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text("a plan")
+    tune.put(tmp_path / "mine.json", tmp_path)
+    assert (tmp_path / "plans" / "mine.json").read_text() == "a plan"
+    assert capsys.readouterr().out.strip() == str(tmp_path / "plans" / "mine.json")
+    tune.put(None, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_nothing_can_be_tried_the_report_says_so():
+    assert tune.was_measured({"plans": [], "status": "finished"})
+    assert tune.was_measured({"plans": [{}], "status": "interrupted"})
+    assert not tune.was_measured({"plans": [], "status": "interrupted"})
+    assert not tune.was_measured({})

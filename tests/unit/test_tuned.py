@@ -110,3 +110,29 @@ def test_a_search_that_is_not_over_says_so():
     search = machine.search(minutes=0)
     report = {"metric": "SSIM", "floor": 0.95, "chosen": None, **tuned.as_dict(search, search.run())}
     assert tuned.summary(report).startswith("no plan yet: it has not been measured to the end")
+
+
+def test_a_search_that_is_not_over_says_so_after_a_check_that_failed():
+    spoiled = {"spoiled": lambda one, picture: 0.2 if "fresh" in picture else None}
+    machine = simulated.Machine(noise=0.0, **spoiled)
+    search = machine.search(minutes=27 / 60)
+    report = {"metric": "SSIM", "floor": 0.95, "chosen": None, **tuned.as_dict(search, search.run())}
+    assert 0 < len(report["checks"]) < 3
+    sentence = f"no plan yet: {len(report['checks'])} failed on fresh seeds, and it has not been measured to the end"
+    assert tuned.summary(report).startswith(sentence)
+
+
+def test_a_search_that_was_stopped_tells_the_best_plan_so_far():
+    machine = simulated.Machine(noise=0.0, stops_after=21)
+    search = machine.search()
+    with pytest.raises(simulated.StoppedError):
+        search.run()
+    report = {"metric": "SSIM", "floor": 0.95, "chosen": None, **tuned.as_dict(search, search.found)}
+    plan = next(plan for plan in report["plans"] if plan["name"] == report["best"])
+    report["chosen"] = report["best"]
+    assert report["checks"] == []
+    assert tuned.summary(report).startswith(
+        f"{plan['name']}: {plan['speed']['text']}, SSIM {plan['worst']:.4f} at the worst so far, not checked on fresh "
+        "seeds yet ("
+    )
+    assert "run it again" in tuned.summary(report)
