@@ -338,10 +338,13 @@ def _recompile_reason() -> str:
 
 
 def fingerprint(module: nn.Module) -> Hashable:
-    """What tells whether a module's weights are still the same: which tensors, where, and their sums.
+    """What tells whether a module is still the same: its parts' classes, which tensors its weights, where, and their
+    sums.
 
-    Sums, since edits in place leave everything else as it is, and tensors made in inference mode count no versions.
+    Classes, since another node may put one activation in the place of another. Sums, since edits in place leave
+    everything else as it is, and tensors made in inference mode count no versions.
     """
     weights = list(module.parameters())
     sums = torch.stack([weight.detach().double().sum() for weight in weights]).tolist() if weights else []
-    return tuple((id(weight), weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))
+    parts = tuple(map(type, module.modules()))
+    return parts, *((id(weight), weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import re
@@ -196,7 +197,7 @@ def test_quantized_weights_stay_for_the_next_run_until_the_model_is_unloaded(mod
     first = draw(quantized)
     assert "quantized in " in last_lines("1")[0][1]
     (artifact,) = (one for one in quantized.get_attachment("slipstream.artifacts")._held)
-    weight = weakref.ref(next(iter(artifact.value._made.values())).weight)
+    weight = weakref.ref(next(iter(artifact.value._made.values()))[1].weight)
     # A clone, and a node that is executed again in the place of one.
     for again in (quantized, quantized.clone(), quantize(model)):
         assert torch.equal(draw(again), first)
@@ -241,6 +242,57 @@ def test_what_other_models_put_into_it_is_quantized_anew_when_it_is_another(mode
     assert torch.equal(images[0], images[2])
     assert torch.equal(images[1], draw(quantize(injected(hosted.model("minimal"), 2))))
     assert not torch.equal(images[0], images[1])
+
+
+def another_block(patcher):
+    """As a node replaces a block of a model by its own."""
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
+    block = copy.deepcopy(patcher.get_model_object(name))
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.mul_(-1.5)
+    return name, block
+
+
+def another_layer(patcher):
+    """A layer of the same weights but for its bias."""
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.2"
+    layer = copy.deepcopy(patcher.get_model_object(name))
+    with torch.no_grad():
+        layer.bias.add_(3)
+    return name, layer
+
+
+def another_weight(patcher):
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.2.weight"
+    return name, torch.nn.Parameter(patcher.get_model_object(name) * -1.5, requires_grad=False)
+
+
+@pytest.mark.parametrize("other", [another_block, another_layer, another_weight])
+@every_scheme
+def test_what_is_put_in_the_place_of_a_part_and_taken_out_again_is_followed(scheme, other, model, last_lines):
+    """The host's version of the weights stays what it was."""
+    quantized = quantize(model, scheme=scheme)
+    changed = quantized.clone()
+    changed.add_object_patch(*other(model))
+    assert changed.patches_uuid == quantized.patches_uuid
+    fresh = quantize(hosted.model("minimal"), scheme=scheme)
+    fresh.add_object_patch(*other(fresh))
+    plain, put = draw(quantized), draw(fresh)
+    assert relative_error(plain, put) > 0.05
+    for patcher, image in ((changed, put), (quantized, plain), (changed, put)):
+        assert torch.equal(draw(patcher), image)
+        assert "quantized in " in last_lines("1")[0][1]
+    assert torch.equal(draw(changed), put)
+    assert "quantized earlier" in last_lines("1")[0][1]
+
+
+def test_cast_anew_for_each_run_they_are_quantized_once(model, last_lines):
+    cast = run_node("SlipstreamPrecision", quantize(model), "2", compute_dtype="bf16")
+    first = draw(cast)
+    assert "quantized in " in last_lines("1")[0][1]
+    assert torch.equal(draw(cast), first)
+    assert "quantized earlier" in last_lines("1")[0][1]
 
 
 def test_a_model_that_was_quantized_is_freed_with_its_patcher():

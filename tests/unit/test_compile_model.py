@@ -235,6 +235,13 @@ def test_dynamos_settings_are_back_after_calls_in_several_threads(compiler):
     assert settings() == before
 
 
+def test_modules_are_told_apart_by_their_parts():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    before = functions.fingerprint(module)
+    module[1] = torch.nn.SiLU()
+    assert functions.fingerprint(module) != before
+
+
 def test_weights_are_told_apart_by_what_they_are_and_hold():
     layer = torch.nn.Linear(4, 4)
     before = functions.fingerprint(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import nn
 
 from ...methods.method import Pruner, Quantized, Quantizer
+from ..host import artifacts
 from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -40,10 +42,10 @@ class QuantizedWeights:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._made: dict[str, StandIn] = {}
+        self._made: dict[str, tuple[Hashable, StandIn]] = {}
 
-    def of(self, version: Hashable) -> dict[str, StandIn]:
-        """Those for this version of the weights, as far as they were made."""
+    def of(self, version: Hashable) -> dict[str, tuple[Hashable, StandIn]]:
+        """Those for this version of the weights, as far as they were made, each with what it was made of."""
         if self._version != version:
             self.release()
             self._version = version
@@ -176,7 +178,7 @@ class QuantizedLayers(Layers):
 
     Args:
         patcher, paths, hooked, quantizer, dtype: as those of `Layers`.
-        kept: holds what earlier runs made.
+        kept: holds what earlier runs made; None if nothing outlives this one.
     """
 
     def __init__(
@@ -186,14 +188,14 @@ class QuantizedLayers(Layers):
         hooked: Set[str],
         quantizer: Quantizer,
         dtype: torch.dtype,
-        kept: QuantizedWeights,
+        kept: QuantizedWeights | None,
     ):
         self.made = Quantized()
         super().__init__(patcher, paths, hooked, quantizer, dtype, self.made)
         self._quantizer = quantizer
-        # Another method may have cast some of them for this call.
-        dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
-        self._kept = kept.of((models.weights_version(patcher), dtype, dtypes, self._device))
+        places = tuple(layer.path for layer in self._layers)
+        version = (models.weights_version(patcher), dtype, places, self._device)
+        self._kept = None if kept is None else kept.of(version)
         self.made.modules = len(self._layers)
         self.made.hooked = sum(layer.is_hooked for layer in self._layers)
         self._quantize_all()
@@ -210,10 +212,13 @@ class QuantizedLayers(Layers):
 
     def _quantize(self, layer: _Layer) -> StandIn:
         """A layer's own weights, quantized now if no earlier run did."""
-        stand_in = self._kept.get(layer.path)
-        if stand_in is None:
+        source = None if self._kept is None else _source(layer.module)
+        made_of, stand_in = (self._kept or {}).get(layer.path, (None, None))
+        if stand_in is None or made_of != source:
             began = time.perf_counter()
-            stand_in = self._kept[layer.path] = self._as_they_are(layer.module)
+            stand_in = self._as_they_are(layer.module)
+            if self._kept is not None:
+                self._kept[layer.path] = source, stand_in
             self.made.elapsed_s += time.perf_counter() - began
         layer.own = stand_in
         self._count(layer, stand_in)
@@ -228,6 +233,12 @@ class QuantizedLayers(Layers):
         if layer.is_hooked and self._patcher.current_hooks is not None:
             return self._as_they_are(layer.module)
         return layer.own or self._quantize(layer)
+
+
+def _source(layer: nn.Linear) -> Hashable:
+    """A layer and its own weights: the host's version of them is silent on what another node puts in the place of a
+    block or a weight. By what is in them, since another method may have cast them for this call."""
+    return weakref.ref(layer), *(artifacts.contents(weight) for weight in layer.parameters())
 
 
 def sorted_out(
