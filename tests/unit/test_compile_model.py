@@ -148,6 +148,10 @@ def test_the_sentence():
         "2 graph breaks: a print; left to torch: 8 x attend; a hook (3 times)"
     )
     assert tally.Tally("inductor", "UNet call").sentence() == "compiled nothing: there was no UNet call"
+    told = tally.Tally("inductor", "UNet call")
+    told.eager["no block can be compiled"] = 2
+    told.notes["a reason"] = None
+    assert told.sentence() == "compiled nothing: no block can be compiled (2 times); a reason"
 
 
 @pytest.mark.parametrize(
