@@ -334,6 +334,8 @@ def _recompile_reason() -> str:
     # The second is what guards of tensor subclasses, such as torchao's weights, are called.
     if "_parameters[" in reason or "___check_metadata_" in reason:
         return "other weights were put in the place of some"
+    if "___dict_contains('forward'" in reason:
+        return "another node took its code off some layers"
     return reason.splitlines()[0].split("; ")[0].strip()[:120]
 
 

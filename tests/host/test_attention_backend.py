@@ -18,6 +18,7 @@ from hosted import (
     CONFIGS,
     PlantedError,
     add_lora,
+    bypass_lora,
     compile_model,
     hooked_prompt,
     relative_error,
@@ -342,6 +343,15 @@ def test_the_memory_that_it_tells_is_that_of_the_joined_weights(model, lines):
         f"one projection for q, k and v in {len(blocks)} of {len(blocks)} self-attentions, {joined:.1f} MiB more "
         "memory until the run ends",
     )
+
+
+def test_the_projections_of_a_bypass_lora_are_joined_once_it_is_taken_out(model, lines):
+    expected = sample(fused(model))
+    told = lines()
+    sample(bypass_lora(fused(model)))
+    assert "another node replaced their projections" in lines()[1]
+    assert torch.equal(sample(fused(model)), expected)
+    assert lines() == told
 
 
 def test_what_cannot_be_joined_stays_and_is_told(model, lines, monkeypatch):

@@ -21,9 +21,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
-from hosted import compile_model, relative_error, run_node, sample
+from hosted import bypass_lora, compile_model, relative_error, run_node, sample
 from small_models import CPU, FAMILIES, transformer_latent, transformer_prompt
 from test_compile_model import attention_overridden, fresh, tallies, wrapped  # noqa: F401
+
+machine = hosted.engine("host.machine")
 
 BOUND = 1e-3
 ROUNDING = 1e-5
@@ -456,14 +458,67 @@ class Packed(torch.Tensor):
     """A weight as GGUF's loader keeps it: bytes that its own operations unpack."""
 
 
-def test_another_packs_tensors_are_refused_by_name(qwen, tallies):  # noqa: F811
-    for part in qwen.model.diffusion_model.transformer_blocks.modules():
+def packed(layer):
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+def partly_loaded(layer):
+    layer.weight_function, layer.comfy_cast_weights = [lambda weight: weight], True
+
+
+def with_dynamic_vram(layer):
+    layer._v = None
+
+
+UNSUITED = {
+    "their weights are another pack's Packeds, which no compiler takes": packed,
+    "weights are patched as they are used, since the model is loaded in part only": partly_loaded,
+    "DynamicVRAM brings the weights to the device as they are used": with_dynamic_vram,
+}
+
+
+@pytest.mark.parametrize("is_unet", [False, True])
+@pytest.mark.parametrize("why", UNSUITED)
+def test_where_no_block_can_be_compiled_the_reason_is_on_the_node(why, is_unet, qwen, last_lines):
+    model, run = (hosted.model("minimal"), sample) if is_unet else (qwen, partial(picture, "Qwen-Image"))
+    eager = run(model)
+    for part in model.model.diffusion_model.modules():
         if isinstance(part, torch.nn.Linear):
-            part.weight = torch.nn.Parameter(part.weight.detach().as_subclass(Packed), requires_grad=False)
-    eager = picture("Qwen-Image", qwen)
-    assert torch.equal(picture("Qwen-Image", compile_model(qwen)), eager)
-    assert not tallies[0].is_active
-    assert "3 of 3 blocks run without graphs: their weights are another pack's Packeds" in "; ".join(tallies[0].notes)
+            UNSUITED[why](part)
+    assert torch.equal(run(compile_model(model)), eager)
+    state, text = last_lines("7")[-1]
+    assert state == "inert"
+    assert text.startswith("compiled nothing: no block can be compiled (")
+    assert text.endswith(f" blocks run without graphs: {why}")
+
+
+@pytest.mark.parametrize("is_unet", [False, True])
+def test_the_blocks_of_a_bypass_lora_are_compiled_once_it_is_taken_out(is_unet, qwen, fresh, tallies):  # noqa: F811
+    """The host leaves their own forwards on its layers' instances."""
+    model, run = (hosted.model("minimal"), sample) if is_unet else (qwen, partial(picture, "Qwen-Image"))
+    expected = run(compile_model(model))
+    compiled = compile_model(model)
+    eager = run(bypass_lora(model))
+    assert relative_error(eager, expected) > BOUND
+    assert torch.equal(run(bypass_lora(compiled)), eager)
+    assert machine.REPLACED in tallies[-1].sentence()
+    layers = [part for part in model.model.diffusion_model.modules() if "forward" in part.__dict__]
+    assert layers
+    assert torch.equal(run(compiled), expected)
+    before, *_, after = tallies
+    assert after.units == before.units
+    # Dynamo tells a forward on an instance from one that is not.
+    assert set(after.recompiled) == {"another node took its code off some layers"}
+    run(compiled)
+    assert tallies[-1].new_graphs == 0
+    assert all("forward" in layer.__dict__ for layer in layers)
+
+
+def test_a_forward_that_was_on_a_block_s_instance_stays_there(qwen):
+    block = qwen.model.diffusion_model.transformer_blocks[0]
+    forward = block.forward = block.forward
+    picture("Qwen-Image", compile_model(qwen))
+    assert block.__dict__["forward"] == forward
 
 
 # Real backends

@@ -15,7 +15,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
-from hosted import PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
+from hosted import PlantedError, add_lora, bypass_lora, compile_model, hooked_prompt, relative_error, run_node, sample
 from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
 
 BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
@@ -335,6 +335,16 @@ def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_li
     text = last_lines("1")[0][1]
     assert "1 quantized already" in text
     assert "1 of another node's code" in text
+
+
+def test_the_layers_of_a_bypass_lora_are_quantized_once_it_is_taken_out(model, last_lines):
+    quantized = quantize(model)
+    expected, told = draw(quantized), last_lines("1")[0][1].split(";")[0]
+    draw(bypass_lora(quantized))
+    assert " of another node's code" in last_lines("1")[0][1]
+    assert any("forward" in part.__dict__ for part in model.model.diffusion_model.modules())
+    assert torch.equal(draw(quantized), expected)
+    assert last_lines("1")[0][1].startswith(f"{told};")
 
 
 def test_nothing_to_quantize_is_said_and_leaves_the_image(model, last_lines):

@@ -135,13 +135,16 @@ def for_graph(options: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def installed(forwards: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """Compiled forwards on their modules, for one call. What is around a module's forward, such as hooks, stays."""
+    before = [block.__dict__.get("forward") for block, _ in forwards]
     try:
         for block, forward in forwards:
             block.__dict__["forward"] = forward
         yield
     finally:
-        for block, _ in forwards:
+        for (block, _), own in zip(forwards, before, strict=True):
             block.__dict__.pop("forward", None)
+            if own is not None:
+                block.__dict__["forward"] = own
 
 
 def unsuited(module: nn.Module, device: torch.device) -> str | None:

@@ -158,7 +158,7 @@ class PreparedUNet(Prepared):
         for level, block in _blocks(unet):
             kind = (type(block).__name__, level, weights_form(block))
             make = _residual if isinstance(block, ResBlock) else _transformer
-            self._add(block, machine.unsuited(block, device), partial(make, block, kind, compiler))
+            self._add(block, unsuited(block, device), partial(make, block, kind, compiler))
         is_whole = compiler.settings.is_whole
         # Everything else in the UNet must be as the blocks are.
         self.unsuited = _unsuited(unet, device) if is_whole else None
@@ -503,7 +503,7 @@ def _not_plain(options: dict[str, Any], is_wrapped: bool, settings: Settings, no
 def _unsuited(unet: Any, device: torch.device) -> str | None:
     """Why no graph should be made of a whole UNet; None if one may."""
     run_inside = (type(unet)._forward, openaimodel.forward_timestep_embed, openaimodel.apply_control)
-    return machine.unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
+    return unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
 
 
 def _weights(module: nn.Module) -> str:
@@ -563,11 +563,10 @@ def _transformer(block: Any, kind: Any, compiler: Compiler) -> Forward:
             except attention.UnsuitedError as error:
                 compiler.tally.eager[f"a transformer block ran without its graph: {error}"] += 1
         # A patch that may change shapes runs between the parts: what is behind all of them can be a graph still.
-        block.ff.__dict__["forward"] = lambda x: compiler.function((kind, "ff"), feed_forward)(block.ff, x)
-        try:
-            return type(block).forward(block, x, context, options)
-        finally:
-            del block.ff.__dict__["forward"]
+        feed = lambda x: compiler.function((kind, "ff"), feed_forward)(block.ff, x)  # noqa: E731
+        with installed([(block.ff, feed)]):
+            result: torch.Tensor = type(block).forward(block, x, context, options)
+            return result
 
     return forward
 

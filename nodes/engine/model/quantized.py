@@ -16,7 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import nn
 
 from ...methods.method import Pruner, Quantized, Quantizer
-from ..host import artifacts
+from ..host import artifacts, machine
 from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -316,7 +316,7 @@ def _unsuited(layer: nn.Linear) -> str | None:
     own = type(layer).forward
     if (
         not hasattr(layer, "comfy_cast_weights")
-        or "forward" in layer.__dict__
+        or machine.is_forward_replaced(layer)
         or not own.__module__.startswith("comfy.")
     ):
         return "of another node's code"
