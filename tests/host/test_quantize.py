@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
 from hosted import PlantedError, add_lora, bypass_lora, compile_model, hooked_prompt, relative_error, run_node, sample
 from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
+from test_compile_transformers import QUANTIZED, picture
 
 BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
 """Of the latents after three steps, the norm of the difference over the norm. Eight bits round each row to 1/255 of its
@@ -327,7 +328,8 @@ def test_weights_kept_in_another_dtype_than_they_compute_in(last_lines):
 
 def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_lines):
     block = model.model.diffusion_model.middle_block[1].transformer_blocks[0]
-    block.attn1.to_q.forward = block.attn1.to_q.forward
+    own = block.attn1.to_q.forward
+    block.attn1.to_q.forward = lambda *args: own(*args)
     block.attn1.to_k.weight = torch.nn.Parameter(block.attn1.to_k.weight.to(torch.float8_e4m3fn), requires_grad=False)
     block.attn1.to_k.comfy_cast_weights = True
     exact = draw(model)
@@ -335,6 +337,30 @@ def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_li
     text = last_lines("1")[0][1]
     assert "1 quantized already" in text
     assert "1 of another node's code" in text
+
+
+@pytest.mark.parametrize("scheme", ["int8 dynamic", "2:4 sparse"])
+@pytest.mark.parametrize("kind", ["the host's int8", "the host's fp8"])
+def test_the_host_s_own_quantized_checkpoints_are_told(kind, scheme, last_lines):
+    name = "Qwen-Image"
+    model = QUANTIZED[kind](name)
+    quantized = run_node("SlipstreamQuantize", model, "1", scheme=scheme, min_features=0)
+    assert torch.equal(picture(name, quantized), picture(name, model))
+    state, text = last_lines("1")[0]
+    assert state == "inert"
+    done = "pruned" if scheme == "2:4 sparse" else "quantized"
+    assert re.fullmatch(
+        rf"{done} none of 48 linear layers; left out: 42 quantized already \(\d+% .*\), 6 first, .*", text
+    )
+
+
+def test_what_a_quantized_checkpoint_leaves_whole_stays_so_and_is_told(last_lines):
+    model = QUANTIZED["the host's int8"]("Qwen-Image")
+    layer = model.model.diffusion_model.transformer_blocks[0].attn.to_q
+    layer.weight = torch.nn.Parameter(layer.weight.dequantize().detach(), requires_grad=False)
+    layer.layout_type = layer.quant_format = None
+    picture("Qwen-Image", quantize(model))
+    assert "1 left whole by a quantized checkpoint" in last_lines("1")[0][1]
 
 
 def test_the_layers_of_a_bypass_lora_are_quantized_once_it_is_taken_out(model, last_lines):

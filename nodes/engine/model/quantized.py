@@ -255,9 +255,16 @@ def sorted_out(
         if isinstance(part, TimestepEmbedSequential)
         or (isinstance(part, (nn.ModuleList, nn.ModuleDict)) and _has_attention(part))
     )
-    for layer, path in paths.items():
-        if isinstance(layer, nn.Linear):
-            yield layer, path, _unsuited(layer) or sorter.leaves_out(path, layer, path.startswith(blocks))
+    for part, path in paths.items():
+        if isinstance(part, nn.Linear) or _is_of_quantized_checkpoint(part):
+            layer: Any = part
+            why = _unsuited(layer) or sorter.leaves_out(path, layer, path.startswith(blocks))
+            yield layer, path, why or (None if isinstance(part, nn.Linear) else "left whole by a quantized checkpoint")
+
+
+def _is_of_quantized_checkpoint(part: nn.Module) -> bool:
+    """Whether a module is a linear layer that the host makes for such checkpoints. None of these is torch's."""
+    return hasattr(part, "comfy_cast_weights") and hasattr(part, "in_features")
 
 
 def _has_attention(module: nn.Module) -> bool:
