@@ -362,7 +362,7 @@ class Pruned(Quantized):
     """Linear layers with 2:4 sparse weights.
 
     Attributes:
-        errors: of each layer's outputs, relative to them, by the layers that are pruned.
+        errors: of each layer's outputs in the first evaluation, relative to them, by the layers that are pruned.
         work: their share of all linear layers' multiplications.
         why_dense: why their products are computed as any others, in words that follow ``since``; empty if by kernels
             for sparse weights.
@@ -378,7 +378,7 @@ class Pruner(Protocol):
 
     @property
     def sparse_error(self) -> float:
-        """The most that a layer's outputs may lose, relative to them."""
+        """The most that a layer's outputs may lose in the first evaluation, relative to them."""
 
     @property
     def sparse_share(self) -> float:
