@@ -304,6 +304,7 @@ class Attention:
         host_name: what the host calls its own attention, such as ``sub_quad`` or ``pytorch``.
         host: the host's own attention on all of this.
         needs_precision: whether the model asks for no less than its own dtype.
+        is_counted: whether it is part of the run, and not only timed.
     """
 
     q: Tensor
@@ -318,6 +319,7 @@ class Attention:
     host_name: str
     host: Callable[[], Tensor]
     needs_precision: bool = False
+    is_counted: bool = True
 
 
 @dataclass
@@ -483,6 +485,10 @@ class Convolution(Protocol):
     @property
     def is_patched(self) -> bool:
         """Whether the weight is this call's alone: cast or patched as it is used, or changed within the run."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is part of the run, and not only timed."""
 
     def host(self) -> Tensor:
         """The host's own convolution: (B, Cout, H, W)."""

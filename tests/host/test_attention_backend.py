@@ -393,6 +393,22 @@ def test_compiled_code_sees_it(scope, backend, fuse_qkv, last_lines, lines):
         assert torch.equal(sample(compiled, steps=2), plain)
 
 
+@pytest.mark.parametrize("family", ["tiniest", "DiT"])
+@pytest.mark.parametrize("backend", ["auto", "math"])
+def test_compiled_as_many_calls_are_counted_as_without(backend, family, lines, monkeypatch):
+    """Some run a few times more, to tell what compiling gains: a block, or all of a UNet."""
+    model, timed = hosted.model(family), []
+    own = hosted.engine("host.machine").trial
+    monkeypatch.setattr(hosted.engine("host.machine"), "trial", lambda: timed.append(1) or own())
+    sample(attention(model, backend), steps=2)
+    told = lines()
+    # Or graphs that are there already would not be timed.
+    hosted.engine("host.artifacts")._made.clear()
+    sample(attention(compile_model(model, "2"), backend), steps=2)
+    assert timed
+    assert lines() == told
+
+
 def test_fused_blocks_of_a_kind_share_their_graphs(last_lines):
     made = []
     for wire in (lambda patcher: patcher, fused):

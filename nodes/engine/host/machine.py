@@ -9,8 +9,9 @@ import inspect
 import os
 import platform
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
@@ -94,6 +95,24 @@ def clock(device: torch.device) -> float:
     """Seconds, once the device has nothing left to do."""
     synchronize(device)
     return time.perf_counter()
+
+
+_trial = threading.local()
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """In this thread, what runs is only timed: a method counts none of it as part of the run."""
+    _trial.is_on = True
+    try:
+        yield
+    finally:
+        _trial.is_on = False
+
+
+def is_trial() -> bool:
+    """Whether what runs in this thread is only timed."""
+    return getattr(_trial, "is_on", False)
 
 
 _process = psutil.Process()

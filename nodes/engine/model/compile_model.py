@@ -294,7 +294,8 @@ class CompiledUNetCall(_CompiledCall[HostUNetCall, PreparedUNet]):
         seconds = []
         for _ in range(1 + STEADY_CALLS):
             began = machine.clock(call.x.device)
-            call.full()
+            with machine.trial():
+                call.full()
             seconds.append(machine.clock(call.x.device) - began)
         self.compiler.timed(shape, seconds[1:])
 
@@ -415,7 +416,8 @@ class CompiledModelCall(_CompiledCall[ModelCall, PreparedModel]):
                 # It may write into what it is given.
                 copies, named = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 began = machine.clock(device)
-                called(block, copies, named)
+                with machine.trial():
+                    called(block, copies, named)
                 seconds.append(machine.clock(device) - began)
             compiler.timed(shape, seconds[1:])
             return forward(*args, **kwargs)

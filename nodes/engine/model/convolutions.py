@@ -123,6 +123,10 @@ class Call:
         return self._owner is None
 
     @property
+    def is_counted(self) -> bool:
+        return not machine.is_trial()
+
+    @property
     def room(self) -> int:
         return room()
 
