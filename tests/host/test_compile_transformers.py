@@ -116,6 +116,28 @@ def test_what_is_alike_but_for_its_weights_form_is_another_kind():
     assert members == list(module.transformer_blocks)[1:]
 
 
+@pytest.mark.parametrize(
+    ("name", "number"), [("SD3", 1), ("Mochi", 1), *((one, 0) for one in ("Flux", "Z-Image", "Cosmos", "HiDream"))]
+)
+def test_what_is_like_no_other_of_its_list_is_found(name, number):
+    """The last of SD 3 and Mochi; not what is itself made of blocks, as Cosmos' and HiDream's are."""
+    blocks = hosted.engine("model.blocks")
+    module = deep(name).model.diffusion_model
+    assert len(list(blocks.alone(module, blocks.repeated(module)))) == number
+
+
+@pytest.mark.parametrize("scope", ["blocks", "model"])
+def test_a_block_that_is_like_no_other_is_told(scope, qwen, tallies):  # noqa: F811
+    """Alone in its list it ran without a graph, unless the model is one."""
+    module = qwen.model.diffusion_model
+    module.transformer_blocks[0].attn.to_q = torch.nn.Sequential(module.transformer_blocks[0].attn.to_q)
+    eager = picture("Qwen-Image", qwen)
+    assert relative_error(picture("Qwen-Image", compile_model(qwen, scope=scope)), eager) <= ROUNDING
+    told = "1 of 3 blocks run without graphs: no other is like it"
+    assert list(tallies[0].notes) == ([told] if scope == "blocks" else [])
+    assert tallies[0].units == ("2 blocks" if scope == "blocks" else "the model")
+
+
 @pytest.mark.parametrize("name", [name if name in SAMPLE else long(name) for name in sorted(FAMILIES)])
 def test_every_family_gives_its_eager_picture_and_one_graph_for_each_kind(name, fresh, tallies):  # noqa: F811
     model = deep(name)

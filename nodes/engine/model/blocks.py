@@ -76,6 +76,19 @@ def _repeated(module: nn.Module, path: str) -> dict[Kind, list[nn.Module]]:
     return found
 
 
+def alone(module: nn.Module, kinds: dict[Kind, list[nn.Module]], path: str = "") -> Iterator[nn.Module]:
+    """What stands in a list beside some of these blocks, and is like none of them and made of none."""
+    places = {place for *_, place in kinds}
+    blocks = {block for members in kinds.values() for block in members}
+    for place, name, candidate in _in_lists(module, path):
+        if candidate in blocks:
+            continue
+        if not blocks.isdisjoint(candidate.modules()):
+            yield from alone(candidate, kinds, f"{place}.{name}")
+        elif place in places:
+            yield candidate
+
+
 def _in_lists(module: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
     """What stands in lists and may be a block, none of it inside another; with the list's path, and its name there."""
     is_list = isinstance(module, CONTAINERS)

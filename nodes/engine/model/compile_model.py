@@ -34,6 +34,7 @@ from .blocks import (
     PATCHED,
     CompiledBlock,
     Forward,
+    alone,
     called,
     for_graph,
     installed,
@@ -136,11 +137,15 @@ class Prepared:
         self.told = ""
 
     def _add(self, block: nn.Module, why: str | None, make: Callable[[], Forward]) -> None:
-        self.total += 1
         if why is None:
+            self.total += 1
             self.forwards.append((block, make()))
         else:
-            self.left_out[why] += 1
+            self._leave_out(why)
+
+    def _leave_out(self, why: str) -> None:
+        self.total += 1
+        self.left_out[why] += 1
 
 
 class PreparedUNet(Prepared):
@@ -312,12 +317,16 @@ class PreparedModel(Prepared):
     def __init__(self, module: nn.Module, compiler: Compiler, device: torch.device):
         super().__init__(module, compiler)
         # The most first: one of them is timed.
-        for kind, blocks in sorted(repeated(module).items(), key=lambda entry: -len(entry[1])):
+        kinds = repeated(module)
+        for kind, blocks in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
             known = words(blocks[0])
             for block in blocks:
                 self._add(block, unsuited(block, device), partial(CompiledBlock, block, kind, known, compiler))
         is_whole = compiler.settings.is_whole
         self.unsuited = unsuited(module, device) if is_whole else None
+        if not is_whole or self.unsuited:
+            for _ in alone(module, kinds):
+                self._leave_out("no other is like it")
         self.kind = ("whole", type(module), weights_form(module)) if is_whole else ()
         self.words = words(module) if is_whole else frozenset()
         self.told = "the model" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
