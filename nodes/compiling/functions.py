@@ -299,6 +299,8 @@ def _configured(settings: Settings, dynamic: str) -> Iterator[None]:
         "fail_on_recompile_limit_hit": True,
         # Modules inlined, their weights are inputs of the graph: one graph serves all blocks of a kind.
         "inline_inbuilt_nn_modules": True,
+        # A number that each block of a kind has of its own, as Wan VACE's, would make a graph for each of them.
+        "allow_unspec_int_on_nn_module": True,
         "suppress_errors": False,
     }
     known = {name: value for name, value in wanted.items() if hasattr(dynamo_config, name)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import replace
 from functools import partial
 
 import comfy.controlnet
@@ -16,13 +15,12 @@ import comfy.ops
 import hosted
 import psutil
 import pytest
-import small_models
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from hosted import bypass_lora, compile_model, relative_error, run_node, sample
-from small_models import CPU, FAMILIES, transformer_latent, transformer_prompt
+from small_models import CPU, DEEPER, FAMILIES, deep, transformer_latent, transformer_prompt
 from test_compile_model import attention_overridden, fresh, tallies, wrapped  # noqa: F401
 
 machine = hosted.engine("host.machine")
@@ -33,33 +31,11 @@ ROUNDING = 1e-5
 
 long = partial(pytest.param, marks=pytest.mark.long)
 
-MORE = {
-    "Flux": {"depth": 2, "depth_single_blocks": 3},
-    "Qwen-Image": {"num_layers": 3},
-    "Wan 2.1": {"num_layers": 3},
-    "LTXV": {"num_layers": 3},
-    "Z-Image": {"n_layers": 3, "n_refiner_layers": 2},
-    "Mochi": {"depth": 3},
-    "SD3": {
-        "depth": 3,
-        "num_blocks": 3,
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
-    },
-}
-"""Of a kind, two blocks at least: the last ones of SD 3 and Mochi are of another kind than those before."""
 SAMPLE = ("Cosmos", "Flux", "HiDream", "LTXV", "PixArt", "SD3", "Wan 2.1", "Z-Image")
 """Each finds its blocks in another way, or hands attention over in another."""
 TORN = ("HunyuanDiT", "PixArt", "HiDream")
 """Those whose graphs break on a processor: two do not hand the options on to attention, which then is ComfyUI's own
 Python; the third chooses an expert for each token."""
-
-
-def deep(name, seed=0):
-    """A small model with blocks that repeat."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = FAMILIES[name]
-        patch.setitem(FAMILIES, name, replace(one, config={**one.config, **MORE.get(name, {})}))
-        return small_models.transformer(name, seed)
 
 
 def latent(name, side=None, batch=1, frames=None):
@@ -150,6 +126,20 @@ def test_every_family_gives_its_eager_picture_and_one_graph_for_each_kind(name, 
     assert bool(tally.breaks) == (name in TORN and name != "HiDream"), tally.sentence()
     if name not in TORN:
         assert tally.graphs == kinds, tally.sentence()
+
+
+def test_a_number_that_each_block_has_of_its_own_makes_no_graph_for_each(fresh, tallies):  # noqa: F811
+    """Wan VACE's blocks read which of them they are."""
+    name = "Wan 2.1 VACE"
+    model = deep(name)
+    compiled, numbers = compile_model(model), blocks_of(name)
+    assert numbers == [3, 4]
+    for kwargs in ({}, {"image": latent(name, 24)}, {"cfg": 1.0}):
+        assert relative_error(picture(name, compiled, **kwargs), picture(name, model, **kwargs)) <= ROUNDING
+    # One graph for the first of them, and one for all others.
+    assert tallies[0].graphs == len(numbers) + 1
+    assert all(tally.new_graphs <= len(numbers) for tally in tallies[1:])
+    assert not any(tally.breaks for tally in tallies)
 
 
 @pytest.mark.parametrize("name", ["Flux", "Qwen-Image", "Wan 2.1", *map(long, ("LTXV", "Lumina 2", "SD3", "Z-Image"))])
@@ -440,7 +430,7 @@ def host_quantized(name, layout, quant_format):
         weights[f"{key.removesuffix('weight')}comfy_quant"] = torch.frombuffer(
             bytearray(told), dtype=torch.uint8
         ).clone()
-    config = FAMILIES[name].family({**FAMILIES[name].config, **MORE[name]})
+    config = FAMILIES[name].family({**FAMILIES[name].config, **DEEPER[name]})
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = comfy.ops.mixed_precision_ops({}, torch.float32, disabled={"float8_e4m3fn"})
     model = config.get_model({}, "", device=CPU)
