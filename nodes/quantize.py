@@ -71,7 +71,10 @@ class SlipstreamQuantize(io.ComfyNode):
                     step=0.005,
                     round=0.001,
                     optional=True,
-                    tooltip="2:4 sparse: layers whose outputs would lose more than this, relative to them, stay whole.",
+                    tooltip=(
+                        "2:4 sparse: layers whose outputs would lose more than this in the first evaluation, relative "
+                        "to them, stay whole. In later evaluations they lose more."
+                    ),
                     advanced=True,
                 ),
                 option(

@@ -527,12 +527,48 @@ FAMILIES: dict[str, Transformer] = {
 """The families of transformers that the host samples, each in milliseconds an evaluation."""
 
 
+VARIANTS: dict[str, Transformer] = {
+    "Wan 2.1 VACE": Transformer(
+        families.WAN21_Vace,
+        {**WAN, "model_type": "vace", "num_layers": 4, "vace_layers": 4, "vace_in_dim": 96},
+        width=64,
+        latent=(16, 2, 16, 16),
+    ),
+}
+"""Whose blocks are of another making than those of their family."""
+
+
+DEEPER: dict[str, dict[str, Any]] = {
+    "Flux": {"depth": 2, "depth_single_blocks": 3},
+    "Qwen-Image": {"num_layers": 3},
+    "Wan 2.1": {"num_layers": 3},
+    "LTXV": {"num_layers": 3},
+    "Z-Image": {"n_layers": 3, "n_refiner_layers": 2},
+    "Mochi": {"depth": 3},
+    "SD3": {
+        "depth": 3,
+        "num_blocks": 3,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
+    },
+}
+"""Of a kind, two blocks at least: the last ones of SD 3 and Mochi are of another kind than those before."""
+
+
+def described(name: str) -> Transformer:
+    """A family, or a variant of one."""
+    return FAMILIES[name] if name in FAMILIES else VARIANTS[name]
+
+
 def transformer(
-    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    name: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    more: dict[str, Any] | None = None,
 ) -> ModelPatcher:
-    """A small model of a family in `FAMILIES`, random weights throughout."""
-    one = FAMILIES[name]
-    patcher = build(one.family(dict(one.config)), seed, dtype, device)
+    """A small model of a family or variant, random weights throughout, with more settings than its own."""
+    one = described(name)
+    patcher = build(one.family({**one.config, **(more or {})}), seed, dtype, device)
     module, generator = patcher.model.diffusion_model, torch.Generator().manual_seed(seed)
     # Buffers that a file would bring are as uninitialized as weights.
     for key, value in module.state_dict().items():
@@ -541,9 +577,14 @@ def transformer(
     return patcher
 
 
+def deep(name: str, seed: int = 0) -> ModelPatcher:
+    """A small model with blocks that repeat."""
+    return transformer(name, seed, more=DEEPER.get(name))
+
+
 def transformer_prompt(name: str, seed: int, batch: int = 1) -> list[Any]:
     """A CONDITIONING for a model of a family, as its own text encoders would make it."""
-    one, generator = FAMILIES[name], torch.Generator().manual_seed(seed)
+    one, generator = described(name), torch.Generator().manual_seed(seed)
     context = torch.randn(batch, one.tokens, one.width, generator=generator)
     values = {}
     for key, value in one.values.items():
@@ -557,7 +598,7 @@ def transformer_prompt(name: str, seed: int, batch: int = 1) -> list[Any]:
 
 def transformer_latent(name: str, batch: int = 1) -> torch.Tensor:
     """An empty latent for a model of a family: (B, C, H, W), or (B, C, T, H, W) of a video model."""
-    return torch.zeros(batch, *FAMILIES[name].latent)
+    return torch.zeros(batch, *described(name).latent)
 
 
 KL = {

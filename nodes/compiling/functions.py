@@ -299,6 +299,8 @@ def _configured(settings: Settings, dynamic: str) -> Iterator[None]:
         "fail_on_recompile_limit_hit": True,
         # Modules inlined, their weights are inputs of the graph: one graph serves all blocks of a kind.
         "inline_inbuilt_nn_modules": True,
+        # A number that each block of a kind has of its own, as Wan VACE's, would make a graph for each of them.
+        "allow_unspec_int_on_nn_module": True,
         "suppress_errors": False,
     }
     known = {name: value for name, value in wanted.items() if hasattr(dynamo_config, name)}
@@ -334,14 +336,19 @@ def _recompile_reason() -> str:
     # The second is what guards of tensor subclasses, such as torchao's weights, are called.
     if "_parameters[" in reason or "___check_metadata_" in reason:
         return "other weights were put in the place of some"
+    if "___dict_contains('forward'" in reason:
+        return "another node took its code off some layers"
     return reason.splitlines()[0].split("; ")[0].strip()[:120]
 
 
 def fingerprint(module: nn.Module) -> Hashable:
-    """What tells whether a module's weights are still the same: which tensors, where, and their sums.
+    """What tells whether a module is still the same: its parts' classes, which tensors its weights, where, and their
+    sums.
 
-    Sums, since edits in place leave everything else as it is, and tensors made in inference mode count no versions.
+    Classes, since another node may put one activation in the place of another. Sums, since edits in place leave
+    everything else as it is, and tensors made in inference mode count no versions.
     """
     weights = list(module.parameters())
     sums = torch.stack([weight.detach().double().sum() for weight in weights]).tolist() if weights else []
-    return tuple((id(weight), weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))
+    parts = tuple(map(type, module.modules()))
+    return parts, *((id(weight), weight.data_ptr(), total) for weight, total in zip(weights, sums, strict=True))

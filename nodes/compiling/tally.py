@@ -53,8 +53,9 @@ class Tally:
 
     def sentence(self) -> str:
         """The verdict."""
+        why = [*([eager] if (eager := self._eager()) else []), *self.notes]
         if not self.calls:
-            return f"compiled nothing: {self._eager() or f'there was no {self.unit}'}"
+            return f"compiled nothing: {'; '.join(why) or f'there was no {self.unit}'}"
         parts = [f"{self.backend}: {self.units} in {count(self.graphs, 'graph')}"]
         if self.new_graphs:
             cached = f", {self.cached} from the disk cache" if self.cached else ""
@@ -74,8 +75,7 @@ class Tally:
         parts += [f"{count(n, 'graph break')}: {why}" for why, n in self.breaks.items()]
         if self.outside:
             parts.append("left to torch: " + ", ".join(f"{n} x {name}" for name, n in self.outside.items()))
-        parts += [*self.notes, *([eager] if (eager := self._eager()) else [])]
-        return "; ".join(parts)
+        return "; ".join([*parts, *why])
 
     def _eager(self) -> str:
         return "; ".join(f"{why} ({n} times)" if n > 1 else why for why, n in self.eager.items())

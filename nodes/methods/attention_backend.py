@@ -270,10 +270,11 @@ class AttentionBackendRun(MethodRun):
                 why = self._why_host(call)
             else:
                 with self.lock:
-                    self.ran += 1
+                    self.ran += call.is_counted
                 return output
-        with self.lock:
-            self.host[call.host_name, why or ""] += 1
+        if call.is_counted:
+            with self.lock:
+                self.host[call.host_name, why or ""] += 1
         return call.host()
 
     def accepts(self, evaluation: Evaluation, denoised: Tensor) -> bool:

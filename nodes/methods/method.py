@@ -331,6 +331,7 @@ class Attention:
         host_name: what the host calls its own attention, such as ``sub_quad`` or ``pytorch``.
         host: the host's own attention on all of this.
         needs_precision: whether the model asks for no less than its own dtype.
+        is_counted: whether it is part of the run, and not only timed.
     """
 
     q: Tensor
@@ -345,6 +346,7 @@ class Attention:
     host_name: str
     host: Callable[[], Tensor]
     needs_precision: bool = False
+    is_counted: bool = True
 
 
 @dataclass
@@ -389,7 +391,7 @@ class Pruned(Quantized):
     """Linear layers with 2:4 sparse weights.
 
     Attributes:
-        errors: of each layer's outputs, relative to them, by the layers that are pruned.
+        errors: of each layer's outputs in the first evaluation, relative to them, by the layers that are pruned.
         work: their share of all linear layers' multiplications.
         why_dense: why their products are computed as any others, in words that follow ``since``; empty if by kernels
             for sparse weights.
@@ -405,7 +407,7 @@ class Pruner(Protocol):
 
     @property
     def sparse_error(self) -> float:
-        """The most that a layer's outputs may lose, relative to them."""
+        """The most that a layer's outputs may lose in the first evaluation, relative to them."""
 
     @property
     def sparse_share(self) -> float:
@@ -510,6 +512,10 @@ class Convolution(Protocol):
     @property
     def is_patched(self) -> bool:
         """Whether the weight is this call's alone: cast or patched as it is used, or changed within the run."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is part of the run, and not only timed."""
 
     def host(self) -> Tensor:
         """The host's own convolution: (B, Cout, H, W)."""

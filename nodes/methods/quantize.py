@@ -111,7 +111,7 @@ class Quantize(Configuration):
     skip: parts of names, separated by commas; layers whose path has one of them stay as they are.
     offload_originals: whether the weights that were quantized leave a GPU for the run: ``on``,
         ``off``; ``auto``: where the host could not load the whole model.
-    sparse_error: 2:4 sparse: the most that a layer's outputs may lose, relative to them.
+    sparse_error: 2:4 sparse: the most that a layer's outputs may lose in the first evaluation, relative to them.
     sparse_share: 2:4 sparse: the most of the layers' multiplications that are pruned, those first that save most for
         what they lose.
     """
@@ -317,7 +317,10 @@ class SparseRun(QuantizeRun):
         pruned = [made for made in all_made if isinstance(made, Pruned)]
         share = statistics.mean(made.work for made in pruned)
         worst = max(error for made in pruned for error in made.errors.values())
-        return [f"{share:.0%} of the multiplications of the layers that it is for; outputs lose {worst:.1%} at most"]
+        return [
+            f"{share:.0%} of the multiplications of the layers that it is for",
+            f"outputs lose {worst:.1%} at most in the first evaluation, and more in later ones",
+        ]
 
     def _speed(self) -> list[str]:
         why = {made.why_dense for made in self.made.values() if isinstance(made, Pruned) and made.why_dense}

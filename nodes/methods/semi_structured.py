@@ -96,6 +96,8 @@ class Inputs:
             return
         self._last = weakref.ref(x)
         rows = x.detach().reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
         self.seen += len(rows)
         if len(self._samples) < CALLS:
             self._samples.append(rows[:: ceil(len(rows) / SAMPLED)].float())

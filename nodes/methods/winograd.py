@@ -496,7 +496,7 @@ class WinogradRun(MethodRun):
                 continue
             with self.lock:
                 self._count(call, str(form))
-                self.saved_s += choice.saved_s(form)
+                self.saved_s += choice.saved_s(form) if call.is_counted else 0
             return form.convolve(call.x, filters, call.bias, call.memory_format)
         return self._by_host(call, HOST_IS_FASTER if choice.seconds and not choice.faster else NO_ROOM)
 
@@ -535,6 +535,8 @@ class WinogradRun(MethodRun):
         return call.host()
 
     def _count(self, call: Convolution, how: str) -> None:
+        if not call.is_counted:
+            return
         self.calls[how] += 1
         self.shapes[how].add((*call.weight.shape[:2], *call.x.shape[2:]))
 

@@ -12,6 +12,7 @@ from typing import Any
 import comfy.hooks
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -159,6 +160,18 @@ def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> Mod
             patches[key] = ("diff", (up @ down * 0.05,))
     clone = patcher.clone()
     assert len(clone.add_patches(patches, strength)) == len(patches) > 0
+    return clone
+
+
+def bypass_lora(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone with a LoRA on queries and keys as the host's Load LoRA (Bypass) puts it: beside the layers, each run."""
+    generator, weights = torch.Generator().manual_seed(4), {}
+    for key, weight in patcher.model_state_dict("diffusion_model.").items():
+        if key.endswith(("to_q.weight", "to_k.weight")):
+            stem = key.removesuffix(".weight")
+            weights[f"{stem}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
+            weights[f"{stem}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+    clone: ModelPatcher = comfy.sd.load_bypass_lora_for_models(patcher, None, weights, 1.0, 0)[0]
     return clone
 
 

@@ -18,6 +18,7 @@ from hosted import (
     CONFIGS,
     PlantedError,
     add_lora,
+    bypass_lora,
     compile_model,
     hooked_prompt,
     relative_error,
@@ -344,6 +345,15 @@ def test_the_memory_that_it_tells_is_that_of_the_joined_weights(model, lines):
     )
 
 
+def test_the_projections_of_a_bypass_lora_are_joined_once_it_is_taken_out(model, lines):
+    expected = sample(fused(model))
+    told = lines()
+    sample(bypass_lora(fused(model)))
+    assert "another node replaced their projections" in lines()[1]
+    assert torch.equal(sample(fused(model)), expected)
+    assert lines() == told
+
+
 def test_what_cannot_be_joined_stays_and_is_told(model, lines, monkeypatch):
     unet = model.model.diffusion_model
     block = unet.input_blocks[1][1].transformer_blocks[0]
@@ -381,6 +391,22 @@ def test_compiled_code_sees_it(scope, backend, fuse_qkv, last_lines, lines):
         assert lines()[0] == "active"
         assert "block by block" not in last_lines("2")[-1][1]
         assert torch.equal(sample(compiled, steps=2), plain)
+
+
+@pytest.mark.parametrize("family", ["tiniest", "DiT"])
+@pytest.mark.parametrize("backend", ["auto", "math"])
+def test_compiled_as_many_calls_are_counted_as_without(backend, family, lines, monkeypatch):
+    """Some run a few times more, to tell what compiling gains: a block, or all of a UNet."""
+    model, timed = hosted.model(family), []
+    own = hosted.engine("host.machine").trial
+    monkeypatch.setattr(hosted.engine("host.machine"), "trial", lambda: timed.append(1) or own())
+    sample(attention(model, backend), steps=2)
+    told = lines()
+    # Or graphs that are there already would not be timed.
+    hosted.engine("host.artifacts")._made.clear()
+    sample(attention(compile_model(model, "2"), backend), steps=2)
+    assert timed
+    assert lines() == told
 
 
 def test_fused_blocks_of_a_kind_share_their_graphs(last_lines):

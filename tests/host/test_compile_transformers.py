@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import replace
 from functools import partial
 
 import comfy.controlnet
@@ -16,14 +15,15 @@ import comfy.ops
 import hosted
 import psutil
 import pytest
-import small_models
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
-from hosted import compile_model, relative_error, run_node, sample
-from small_models import CPU, FAMILIES, transformer_latent, transformer_prompt
+from hosted import bypass_lora, compile_model, relative_error, run_node, sample
+from small_models import CPU, DEEPER, FAMILIES, deep, transformer_latent, transformer_prompt
 from test_compile_model import attention_overridden, fresh, tallies, wrapped  # noqa: F401
+
+machine = hosted.engine("host.machine")
 
 BOUND = 1e-3
 ROUNDING = 1e-5
@@ -31,33 +31,11 @@ ROUNDING = 1e-5
 
 long = partial(pytest.param, marks=pytest.mark.long)
 
-MORE = {
-    "Flux": {"depth": 2, "depth_single_blocks": 3},
-    "Qwen-Image": {"num_layers": 3},
-    "Wan 2.1": {"num_layers": 3},
-    "LTXV": {"num_layers": 3},
-    "Z-Image": {"n_layers": 3, "n_refiner_layers": 2},
-    "Mochi": {"depth": 3},
-    "SD3": {
-        "depth": 3,
-        "num_blocks": 3,
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
-    },
-}
-"""Of a kind, two blocks at least: the last ones of SD 3 and Mochi are of another kind than those before."""
 SAMPLE = ("Cosmos", "Flux", "HiDream", "LTXV", "PixArt", "SD3", "Wan 2.1", "Z-Image")
 """Each finds its blocks in another way, or hands attention over in another."""
 TORN = ("HunyuanDiT", "PixArt", "HiDream")
 """Those whose graphs break on a processor: two do not hand the options on to attention, which then is ComfyUI's own
 Python; the third chooses an expert for each token."""
-
-
-def deep(name, seed=0):
-    """A small model with blocks that repeat."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = FAMILIES[name]
-        patch.setitem(FAMILIES, name, replace(one, config={**one.config, **MORE.get(name, {})}))
-        return small_models.transformer(name, seed)
 
 
 def latent(name, side=None, batch=1, frames=None):
@@ -114,6 +92,28 @@ def test_what_is_alike_but_for_its_weights_form_is_another_kind():
     assert members == list(module.transformer_blocks)[1:]
 
 
+@pytest.mark.parametrize(
+    ("name", "number"), [("SD3", 1), ("Mochi", 1), *((one, 0) for one in ("Flux", "Z-Image", "Cosmos", "HiDream"))]
+)
+def test_what_is_like_no_other_of_its_list_is_found(name, number):
+    """The last of SD 3 and Mochi; not what is itself made of blocks, as Cosmos' and HiDream's are."""
+    blocks = hosted.engine("model.blocks")
+    module = deep(name).model.diffusion_model
+    assert len(list(blocks.alone(module, blocks.repeated(module)))) == number
+
+
+@pytest.mark.parametrize("scope", ["blocks", "model"])
+def test_a_block_that_is_like_no_other_is_told(scope, qwen, tallies):  # noqa: F811
+    """Alone in its list it ran without a graph, unless the model is one."""
+    module = qwen.model.diffusion_model
+    module.transformer_blocks[0].attn.to_q = torch.nn.Sequential(module.transformer_blocks[0].attn.to_q)
+    eager = picture("Qwen-Image", qwen)
+    assert relative_error(picture("Qwen-Image", compile_model(qwen, scope=scope)), eager) <= ROUNDING
+    told = "1 of 3 blocks run without graphs: no other is like it"
+    assert list(tallies[0].notes) == ([told] if scope == "blocks" else [])
+    assert tallies[0].units == ("2 blocks" if scope == "blocks" else "the model")
+
+
 @pytest.mark.parametrize("name", [name if name in SAMPLE else long(name) for name in sorted(FAMILIES)])
 def test_every_family_gives_its_eager_picture_and_one_graph_for_each_kind(name, fresh, tallies):  # noqa: F811
     model = deep(name)
@@ -126,6 +126,20 @@ def test_every_family_gives_its_eager_picture_and_one_graph_for_each_kind(name, 
     assert bool(tally.breaks) == (name in TORN and name != "HiDream"), tally.sentence()
     if name not in TORN:
         assert tally.graphs == kinds, tally.sentence()
+
+
+def test_a_number_that_each_block_has_of_its_own_makes_no_graph_for_each(fresh, tallies):  # noqa: F811
+    """Wan VACE's blocks read which of them they are."""
+    name = "Wan 2.1 VACE"
+    model = deep(name)
+    compiled, numbers = compile_model(model), blocks_of(name)
+    assert numbers == [3, 4]
+    for kwargs in ({}, {"image": latent(name, 24)}, {"cfg": 1.0}):
+        assert relative_error(picture(name, compiled, **kwargs), picture(name, model, **kwargs)) <= ROUNDING
+    # One graph for the first of them, and one for all others.
+    assert tallies[0].graphs == len(numbers) + 1
+    assert all(tally.new_graphs <= len(numbers) for tally in tallies[1:])
+    assert not any(tally.breaks for tally in tallies)
 
 
 @pytest.mark.parametrize("name", ["Flux", "Qwen-Image", "Wan 2.1", *map(long, ("LTXV", "Lumina 2", "SD3", "Z-Image"))])
@@ -416,7 +430,7 @@ def host_quantized(name, layout, quant_format):
         weights[f"{key.removesuffix('weight')}comfy_quant"] = torch.frombuffer(
             bytearray(told), dtype=torch.uint8
         ).clone()
-    config = FAMILIES[name].family({**FAMILIES[name].config, **MORE[name]})
+    config = FAMILIES[name].family({**FAMILIES[name].config, **DEEPER[name]})
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = comfy.ops.mixed_precision_ops({}, torch.float32, disabled={"float8_e4m3fn"})
     model = config.get_model({}, "", device=CPU)
@@ -456,14 +470,67 @@ class Packed(torch.Tensor):
     """A weight as GGUF's loader keeps it: bytes that its own operations unpack."""
 
 
-def test_another_packs_tensors_are_refused_by_name(qwen, tallies):  # noqa: F811
-    for part in qwen.model.diffusion_model.transformer_blocks.modules():
+def packed(layer):
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+def partly_loaded(layer):
+    layer.weight_function, layer.comfy_cast_weights = [lambda weight: weight], True
+
+
+def with_dynamic_vram(layer):
+    layer._v = None
+
+
+UNSUITED = {
+    "their weights are another pack's Packeds, which no compiler takes": packed,
+    "weights are patched as they are used, since the model is loaded in part only": partly_loaded,
+    "DynamicVRAM brings the weights to the device as they are used": with_dynamic_vram,
+}
+
+
+@pytest.mark.parametrize("is_unet", [False, True])
+@pytest.mark.parametrize("why", UNSUITED)
+def test_where_no_block_can_be_compiled_the_reason_is_on_the_node(why, is_unet, qwen, last_lines):
+    model, run = (hosted.model("minimal"), sample) if is_unet else (qwen, partial(picture, "Qwen-Image"))
+    eager = run(model)
+    for part in model.model.diffusion_model.modules():
         if isinstance(part, torch.nn.Linear):
-            part.weight = torch.nn.Parameter(part.weight.detach().as_subclass(Packed), requires_grad=False)
-    eager = picture("Qwen-Image", qwen)
-    assert torch.equal(picture("Qwen-Image", compile_model(qwen)), eager)
-    assert not tallies[0].is_active
-    assert "3 of 3 blocks run without graphs: their weights are another pack's Packeds" in "; ".join(tallies[0].notes)
+            UNSUITED[why](part)
+    assert torch.equal(run(compile_model(model)), eager)
+    state, text = last_lines("7")[-1]
+    assert state == "inert"
+    assert text.startswith("compiled nothing: no block can be compiled (")
+    assert text.endswith(f" blocks run without graphs: {why}")
+
+
+@pytest.mark.parametrize("is_unet", [False, True])
+def test_the_blocks_of_a_bypass_lora_are_compiled_once_it_is_taken_out(is_unet, qwen, fresh, tallies):  # noqa: F811
+    """The host leaves their own forwards on its layers' instances."""
+    model, run = (hosted.model("minimal"), sample) if is_unet else (qwen, partial(picture, "Qwen-Image"))
+    expected = run(compile_model(model))
+    compiled = compile_model(model)
+    eager = run(bypass_lora(model))
+    assert relative_error(eager, expected) > BOUND
+    assert torch.equal(run(bypass_lora(compiled)), eager)
+    assert machine.REPLACED in tallies[-1].sentence()
+    layers = [part for part in model.model.diffusion_model.modules() if "forward" in part.__dict__]
+    assert layers
+    assert torch.equal(run(compiled), expected)
+    before, *_, after = tallies
+    assert after.units == before.units
+    # Dynamo tells a forward on an instance from one that is not.
+    assert set(after.recompiled) == {"another node took its code off some layers"}
+    run(compiled)
+    assert tallies[-1].new_graphs == 0
+    assert all("forward" in layer.__dict__ for layer in layers)
+
+
+def test_a_forward_that_was_on_a_block_s_instance_stays_there(qwen):
+    block = qwen.model.diffusion_model.transformer_blocks[0]
+    forward = block.forward = block.forward
+    picture("Qwen-Image", compile_model(qwen))
+    assert block.__dict__["forward"] == forward
 
 
 # Real backends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
-from hosted import PlantedError, add_lora, compile_model, hooked_prompt, relative_error, run_node, sample
+from hosted import PlantedError, add_lora, bypass_lora, compile_model, hooked_prompt, relative_error, run_node, sample
 from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
+from test_compile_transformers import QUANTIZED, picture
 
 BOUNDS = {"int8 weight-only": 0.01, "int8 dynamic": 0.02, "fp8 weight-only": 0.04}
 """Of the latents after three steps, the norm of the difference over the norm. Eight bits round each row to 1/255 of its
@@ -196,7 +198,7 @@ def test_quantized_weights_stay_for_the_next_run_until_the_model_is_unloaded(mod
     first = draw(quantized)
     assert "quantized in " in last_lines("1")[0][1]
     (artifact,) = (one for one in quantized.get_attachment("slipstream.artifacts")._held)
-    weight = weakref.ref(next(iter(artifact.value._made.values())).weight)
+    weight = weakref.ref(next(iter(artifact.value._made.values()))[1].weight)
     # A clone, and a node that is executed again in the place of one.
     for again in (quantized, quantized.clone(), quantize(model)):
         assert torch.equal(draw(again), first)
@@ -243,6 +245,57 @@ def test_what_other_models_put_into_it_is_quantized_anew_when_it_is_another(mode
     assert not torch.equal(images[0], images[1])
 
 
+def another_block(patcher):
+    """As a node replaces a block of a model by its own."""
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
+    block = copy.deepcopy(patcher.get_model_object(name))
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.mul_(-1.5)
+    return name, block
+
+
+def another_layer(patcher):
+    """A layer of the same weights but for its bias."""
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.2"
+    layer = copy.deepcopy(patcher.get_model_object(name))
+    with torch.no_grad():
+        layer.bias.add_(3)
+    return name, layer
+
+
+def another_weight(patcher):
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.2.weight"
+    return name, torch.nn.Parameter(patcher.get_model_object(name) * -1.5, requires_grad=False)
+
+
+@pytest.mark.parametrize("other", [another_block, another_layer, another_weight])
+@every_scheme
+def test_what_is_put_in_the_place_of_a_part_and_taken_out_again_is_followed(scheme, other, model, last_lines):
+    """The host's version of the weights stays what it was."""
+    quantized = quantize(model, scheme=scheme)
+    changed = quantized.clone()
+    changed.add_object_patch(*other(model))
+    assert changed.patches_uuid == quantized.patches_uuid
+    fresh = quantize(hosted.model("minimal"), scheme=scheme)
+    fresh.add_object_patch(*other(fresh))
+    plain, put = draw(quantized), draw(fresh)
+    assert relative_error(plain, put) > 0.05
+    for patcher, image in ((changed, put), (quantized, plain), (changed, put)):
+        assert torch.equal(draw(patcher), image)
+        assert "quantized in " in last_lines("1")[0][1]
+    assert torch.equal(draw(changed), put)
+    assert "quantized earlier" in last_lines("1")[0][1]
+
+
+def test_cast_anew_for_each_run_they_are_quantized_once(model, last_lines):
+    cast = run_node("SlipstreamPrecision", quantize(model), "2", compute_dtype="bf16")
+    first = draw(cast)
+    assert "quantized in " in last_lines("1")[0][1]
+    assert torch.equal(draw(cast), first)
+    assert "quantized earlier" in last_lines("1")[0][1]
+
+
 def test_a_model_that_was_quantized_is_freed_with_its_patcher():
     model = hosted.model("minimal")
     quantized = quantize(model)
@@ -275,7 +328,8 @@ def test_weights_kept_in_another_dtype_than_they_compute_in(last_lines):
 
 def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_lines):
     block = model.model.diffusion_model.middle_block[1].transformer_blocks[0]
-    block.attn1.to_q.forward = block.attn1.to_q.forward
+    own = block.attn1.to_q.forward
+    block.attn1.to_q.forward = lambda *args: own(*args)
     block.attn1.to_k.weight = torch.nn.Parameter(block.attn1.to_k.weight.to(torch.float8_e4m3fn), requires_grad=False)
     block.attn1.to_k.comfy_cast_weights = True
     exact = draw(model)
@@ -283,6 +337,40 @@ def test_layers_that_are_quantized_already_or_somebody_elses_stay(model, last_li
     text = last_lines("1")[0][1]
     assert "1 quantized already" in text
     assert "1 of another node's code" in text
+
+
+@pytest.mark.parametrize("scheme", ["int8 dynamic", "2:4 sparse"])
+@pytest.mark.parametrize("kind", ["the host's int8", "the host's fp8"])
+def test_the_host_s_own_quantized_checkpoints_are_told(kind, scheme, last_lines):
+    name = "Qwen-Image"
+    model = QUANTIZED[kind](name)
+    quantized = run_node("SlipstreamQuantize", model, "1", scheme=scheme, min_features=0)
+    assert torch.equal(picture(name, quantized), picture(name, model))
+    state, text = last_lines("1")[0]
+    assert state == "inert"
+    done = "pruned" if scheme == "2:4 sparse" else "quantized"
+    assert re.fullmatch(
+        rf"{done} none of 48 linear layers; left out: 42 quantized already \(\d+% .*\), 6 first, .*", text
+    )
+
+
+def test_what_a_quantized_checkpoint_leaves_whole_stays_so_and_is_told(last_lines):
+    model = QUANTIZED["the host's int8"]("Qwen-Image")
+    layer = model.model.diffusion_model.transformer_blocks[0].attn.to_q
+    layer.weight = torch.nn.Parameter(layer.weight.dequantize().detach(), requires_grad=False)
+    layer.layout_type = layer.quant_format = None
+    picture("Qwen-Image", quantize(model))
+    assert "1 left whole by a quantized checkpoint" in last_lines("1")[0][1]
+
+
+def test_the_layers_of_a_bypass_lora_are_quantized_once_it_is_taken_out(model, last_lines):
+    quantized = quantize(model)
+    expected, told = draw(quantized), last_lines("1")[0][1].split(";")[0]
+    draw(bypass_lora(quantized))
+    assert " of another node's code" in last_lines("1")[0][1]
+    assert any("forward" in part.__dict__ for part in model.model.diffusion_model.modules())
+    assert torch.equal(draw(quantized), expected)
+    assert last_lines("1")[0][1].startswith(f"{told};")
 
 
 def test_nothing_to_quantize_is_said_and_leaves_the_image(model, last_lines):

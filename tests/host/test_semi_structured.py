@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 
@@ -239,6 +240,30 @@ def test_what_several_layers_are_given_is_kept_once(model, monkeypatch):
     prompts = [path for path in found[1] if path.endswith(("attn2.to_k", "attn2.to_v"))]
     others = [path for path in found[1] if path.endswith(("attn1.to_k", "attn1.to_v"))]
     assert len(made) == len(found[1]) - len(prompts) + 1 - len(others)
+
+
+class Calling(torch.nn.Module):
+    """Another node's part, that calls one layer by the name of its input and another with no rows."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.idle = layer, copy.deepcopy(layer)
+
+    def forward(self, x):
+        self.idle(x[:, :0])
+        return self.layer(input=x)
+
+
+def test_layers_are_observed_however_they_are_called(model, last_lines):
+    attention = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
+    attention.to_q = Calling(attention.to_q)
+    found, handle = watch(model)
+    draw(sparse(model))
+    handle.remove()
+    name = "middle_block.1.transformer_blocks.0.attn1.to_q"
+    assert f"{name}.layer" in found[1]
+    assert f"{name}.idle" not in found[1]
+    assert "1 not used in the first evaluation" in last_lines("1")[0][1]
 
 
 def test_kernels_are_used_where_they_are(model, monkeypatch, last_lines):

@@ -28,7 +28,7 @@ from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import TAESD
 from hosted import NODES, execute, relative_error, run_node, sample
 from safetensors.torch import save_file
-from small_models import FAMILIES, transformer, transformer_latent, transformer_prompt
+from small_models import FAMILIES, deep, transformer_latent, transformer_prompt
 from test_compile_vae import compile_vae
 
 import nodes as host_nodes
@@ -71,7 +71,8 @@ class Case:
 
     def __init__(self, name: str):
         self.name = name
-        self.inner = transformer(name).model
+        # With blocks that repeat, as published models have them.
+        self.inner = deep(name).model
         self.prompts = [transformer_prompt(name, seed) for seed in (1, 2)]
         self.image = transformer_latent(name)
         self.format = type(self.inner.latent_format).__name__
@@ -501,7 +502,7 @@ def page() -> str:
                 others.append(f"- **{title}** {what} on {where}. It says, on {families[0]}: *{first}*")
     brought = " and ".join(title_of(node) for node in OWN_MODEL)
     return PAGE_TEXT.format(
-        matrix="\n".join(matrix), held="\n".join(held), others="\n".join(others), count=len(FAMILIES), brought=brought
+        matrix="\n".join(matrix), held="\n".join(held), others="\n".join(others), brought=brought, steps=STEPS, cfg=CFG
     )
 
 
@@ -510,8 +511,9 @@ PAGE_TEXT = """\
 
 Which nodes serve which of ComfyUI's diffusion transformers. `tests/host/test_works_with.py` writes this page from what
 it saw, and fails where that is no longer so. Each cell is a node on a small model of ComfyUI's own class for the
-family, with random weights, on a CPU: sampled (euler, six steps, cfg 3) or decoded, and compared with what ComfyUI
-gives without the node; and nothing of the node stays on the model. Published weights and GPUs are no part of it.
+family, with random weights, on a CPU: sampled (euler, at most {steps} steps, cfg {cfg:g}; Benchmark at cfg 1) or
+decoded, and compared with what ComfyUI gives without the node; and nothing of the node stays on the model. Published
+weights and GPUs are no part of it.
 
 ✓ serves, within the bound below. ○ leaves it to ComfyUI, and says so. ✗ is refused, and says what serves instead.
 

@@ -148,6 +148,10 @@ def test_the_sentence():
         "2 graph breaks: a print; left to torch: 8 x attend; a hook (3 times)"
     )
     assert tally.Tally("inductor", "UNet call").sentence() == "compiled nothing: there was no UNet call"
+    told = tally.Tally("inductor", "UNet call")
+    told.eager["no block can be compiled"] = 2
+    told.notes["a reason"] = None
+    assert told.sentence() == "compiled nothing: no block can be compiled (2 times); a reason"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +237,13 @@ def test_dynamos_settings_are_back_after_calls_in_several_threads(compiler):
     thread.join()
     assert inside == [(functions.VARIANTS, False)]
     assert settings() == before
+
+
+def test_modules_are_told_apart_by_their_parts():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    before = functions.fingerprint(module)
+    module[1] = torch.nn.SiLU()
+    assert functions.fingerprint(module) != before
 
 
 def test_weights_are_told_apart_by_what_they_are_and_hold():

@@ -52,6 +52,13 @@ def test_what_is_lost_goes_to_the_inputs_that_say_the_same():
     assert inputs.error(weight, magnitudes(weight, inputs)) > 0.2
 
 
+def test_inputs_of_no_rows_count_for_nothing():
+    inputs = observed(random(2, 0, 16), random(3, 16))
+    assert (inputs.seen, inputs.rows) == (3, 3)
+    weight = random(8, 16)
+    assert inputs.error(weight, prune(weight, inputs)) < 1
+
+
 @pytest.mark.parametrize(("features", "rank"), [(16, 16), (64, 8), (64, 64)])
 def test_the_weights_that_stay_are_the_best_ones_for_these_inputs(features, rank):
     """Row by row against least squares with the damping as further rows."""

@@ -182,6 +182,7 @@ class Convolution:
     """`methods.method.Convolution`, on tensors."""
 
     memory_format = torch.contiguous_format
+    is_counted = True
 
     def __init__(self, dtype=torch.float32, room=1 << 30, is_patched=False, known=None):
         self.x, self.weight = random(1, 8, 8, 8).to(dtype), random(8, 8, 3, 3, seed=1).to(dtype)
@@ -364,6 +365,15 @@ def test_patched_weights_are_left_to_the_host():
     run, call = begin("F(4x4)"), Convolution(is_patched=True)
     assert torch.equal(run.convolution(call), call.host())
     assert "1 shape (1 call): weights are cast or patched as they are used" in run.verdict()[1]
+
+
+def test_what_is_only_timed_does_not_count():
+    run, call = begin("F(2x2)"), Convolution()
+    run.convolution(call)
+    before = run.verdict()
+    call.is_counted = False
+    run.convolution(call)
+    assert run.verdict() == before
 
 
 def test_a_fixed_form_is_not_measured():

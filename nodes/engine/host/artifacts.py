@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from ...methods.method import Found
 
 ATTACHMENT = "slipstream.artifacts"
@@ -74,6 +76,18 @@ class Keeper:
             for artifact in self._held:
                 if isinstance(artifact.value, Releasable):
                     artifact.value.release()
+
+
+def contents(weight: torch.Tensor) -> Hashable:
+    """What tells whether a weight is still what something was made of: its dtype, and the sum of its bits, which any
+    edit changes. Edits in place leave everything else as it is, another node may put another weight in its place, and
+    the host an equal one elsewhere."""
+    # As it lies in memory: any other order would copy it.
+    strides = weight.stride()
+    order = sorted(range(weight.ndim), key=strides.__getitem__, reverse=True)
+    flat = weight.detach().permute(order).flatten()
+    is_even = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return weight.dtype, int(flat.view(torch.int64 if is_even else torch.uint8).sum())
 
 
 @runtime_checkable

@@ -9,10 +9,12 @@ import inspect
 import os
 import platform
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import comfy.model_management
@@ -93,6 +95,24 @@ def clock(device: torch.device) -> float:
     """Seconds, once the device has nothing left to do."""
     synchronize(device)
     return time.perf_counter()
+
+
+_trial = threading.local()
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """In this thread, what runs is only timed: a method counts none of it as part of the run."""
+    _trial.is_on = True
+    try:
+        yield
+    finally:
+        _trial.is_on = False
+
+
+def is_trial() -> bool:
+    """Whether what runs in this thread is only timed."""
+    return getattr(_trial, "is_on", False)
 
 
 _process = psutil.Process()
@@ -248,6 +268,13 @@ def is_others(module: torch.nn.Module) -> bool:
     return not name.startswith(("comfy.", "torch.", OURS))
 
 
+def is_forward_replaced(module: torch.nn.Module) -> bool:
+    """Whether a module has another forward than its class's. What takes one back may leave the class's own on the
+    instance, as the host's bypass LoRA does."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and forward != MethodType(type(module).forward, module)
+
+
 def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
     """Why no graph should be made of a module as it is now; None if one may."""
     for inner in module.modules():
@@ -269,7 +296,7 @@ def unsuited(module: torch.nn.Module, device: torch.device) -> str | None:
 def _is_replaced(module: torch.nn.Module, is_outermost: bool) -> bool:
     """Whether another node's code runs in a module that a graph would trace, and either is the outermost, or is given
     the transformer options: a graph has constant ones."""
-    if "forward" in module.__dict__:
+    if is_forward_replaced(module):
         return True
     forward: Any = type(module).forward
     if is_host_s(forward) or forward.__module__.startswith(("torch.", OURS)):

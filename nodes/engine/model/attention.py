@@ -20,6 +20,7 @@ from comfy.ldm.modules import attention as host
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
 
 from ...methods.method import Attention
+from ..host import machine
 
 Kinds = tuple[str, ...]
 
@@ -108,8 +109,9 @@ class Override:
                 q, k, v = (one.to(attn_precision) for one in (q, k, v))
             needs_precision = more.get("low_precision_attention") is False
             call = Attention(
-                q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host, needs_precision
-            )
+                q, k, v, heads, mask, skip_reshape, skip_output_reshape, scale, has_fewer, name, host, needs_precision,
+                is_counted=not machine.is_trial(),
+            )  # fmt: skip
             return self.attend(call).to(dtype)
 
         return ours(*args, **kwargs) if self.before is None else self.before(ours, *args, **kwargs)

@@ -76,6 +76,19 @@ def _repeated(module: nn.Module, path: str) -> dict[Kind, list[nn.Module]]:
     return found
 
 
+def alone(module: nn.Module, kinds: dict[Kind, list[nn.Module]], path: str = "") -> Iterator[nn.Module]:
+    """What stands in a list beside some of these blocks, and is like none of them and made of none."""
+    places = {place for *_, place in kinds}
+    blocks = {block for members in kinds.values() for block in members}
+    for place, name, candidate in _in_lists(module, path):
+        if candidate in blocks:
+            continue
+        if not blocks.isdisjoint(candidate.modules()):
+            yield from alone(candidate, kinds, f"{place}.{name}")
+        elif place in places:
+            yield candidate
+
+
 def _in_lists(module: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
     """What stands in lists and may be a block, none of it inside another; with the list's path, and its name there."""
     is_list = isinstance(module, CONTAINERS)
@@ -135,13 +148,16 @@ def for_graph(options: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def installed(forwards: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """Compiled forwards on their modules, for one call. What is around a module's forward, such as hooks, stays."""
+    before = [block.__dict__.get("forward") for block, _ in forwards]
     try:
         for block, forward in forwards:
             block.__dict__["forward"] = forward
         yield
     finally:
-        for block, _ in forwards:
+        for (block, _), own in zip(forwards, before, strict=True):
             block.__dict__.pop("forward", None)
+            if own is not None:
+                block.__dict__["forward"] = own
 
 
 def unsuited(module: nn.Module, device: torch.device) -> str | None:

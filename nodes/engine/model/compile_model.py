@@ -34,6 +34,7 @@ from .blocks import (
     PATCHED,
     CompiledBlock,
     Forward,
+    alone,
     called,
     for_graph,
     installed,
@@ -136,11 +137,15 @@ class Prepared:
         self.told = ""
 
     def _add(self, block: nn.Module, why: str | None, make: Callable[[], Forward]) -> None:
-        self.total += 1
         if why is None:
+            self.total += 1
             self.forwards.append((block, make()))
         else:
-            self.left_out[why] += 1
+            self._leave_out(why)
+
+    def _leave_out(self, why: str) -> None:
+        self.total += 1
+        self.left_out[why] += 1
 
 
 class PreparedUNet(Prepared):
@@ -158,7 +163,7 @@ class PreparedUNet(Prepared):
         for level, block in _blocks(unet):
             kind = (type(block).__name__, level, weights_form(block))
             make = _residual if isinstance(block, ResBlock) else _transformer
-            self._add(block, machine.unsuited(block, device), partial(make, block, kind, compiler))
+            self._add(block, unsuited(block, device), partial(make, block, kind, compiler))
         is_whole = compiler.settings.is_whole
         # Everything else in the UNet must be as the blocks are.
         self.unsuited = _unsuited(unet, device) if is_whole else None
@@ -294,7 +299,8 @@ class CompiledUNetCall(_CompiledCall[HostUNetCall, PreparedUNet]):
         seconds = []
         for _ in range(1 + STEADY_CALLS):
             began = machine.clock(call.x.device)
-            call.full()
+            with machine.trial():
+                call.full()
             seconds.append(machine.clock(call.x.device) - began)
         self.compiler.timed(shape, seconds[1:])
 
@@ -311,12 +317,16 @@ class PreparedModel(Prepared):
     def __init__(self, module: nn.Module, compiler: Compiler, device: torch.device):
         super().__init__(module, compiler)
         # The most first: one of them is timed.
-        for kind, blocks in sorted(repeated(module).items(), key=lambda entry: -len(entry[1])):
+        kinds = repeated(module)
+        for kind, blocks in sorted(kinds.items(), key=lambda entry: -len(entry[1])):
             known = words(blocks[0])
             for block in blocks:
                 self._add(block, unsuited(block, device), partial(CompiledBlock, block, kind, known, compiler))
         is_whole = compiler.settings.is_whole
         self.unsuited = unsuited(module, device) if is_whole else None
+        if not is_whole or self.unsuited:
+            for _ in alone(module, kinds):
+                self._leave_out("no other is like it")
         self.kind = ("whole", type(module), weights_form(module)) if is_whole else ()
         self.words = words(module) if is_whole else frozenset()
         self.told = "the model" if is_whole and not self.unsuited else f"{len(self.forwards)} blocks"
@@ -415,7 +425,8 @@ class CompiledModelCall(_CompiledCall[ModelCall, PreparedModel]):
                 # It may write into what it is given.
                 copies, named = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 began = machine.clock(device)
-                called(block, copies, named)
+                with machine.trial():
+                    called(block, copies, named)
                 seconds.append(machine.clock(device) - began)
             compiler.timed(shape, seconds[1:])
             return forward(*args, **kwargs)
@@ -503,7 +514,7 @@ def _not_plain(options: dict[str, Any], is_wrapped: bool, settings: Settings, no
 def _unsuited(unet: Any, device: torch.device) -> str | None:
     """Why no graph should be made of a whole UNet; None if one may."""
     run_inside = (type(unet)._forward, openaimodel.forward_timestep_embed, openaimodel.apply_control)
-    return machine.unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
+    return unsuited(unet, device) if all(map(machine.is_host_s, run_inside)) else machine.REPLACED
 
 
 def _weights(module: nn.Module) -> str:
@@ -563,11 +574,10 @@ def _transformer(block: Any, kind: Any, compiler: Compiler) -> Forward:
             except attention.UnsuitedError as error:
                 compiler.tally.eager[f"a transformer block ran without its graph: {error}"] += 1
         # A patch that may change shapes runs between the parts: what is behind all of them can be a graph still.
-        block.ff.__dict__["forward"] = lambda x: compiler.function((kind, "ff"), feed_forward)(block.ff, x)
-        try:
-            return type(block).forward(block, x, context, options)
-        finally:
-            del block.ff.__dict__["forward"]
+        feed = lambda x: compiler.function((kind, "ff"), feed_forward)(block.ff, x)  # noqa: E731
+        with installed([(block.ff, feed)]):
+            result: torch.Tensor = type(block).forward(block, x, context, options)
+            return result
 
     return forward
 

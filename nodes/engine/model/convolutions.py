@@ -123,6 +123,10 @@ class Call:
         return self._owner is None
 
     @property
+    def is_counted(self) -> bool:
+        return not machine.is_trial()
+
+    @property
     def room(self) -> int:
         return room()
 
@@ -151,13 +155,8 @@ class Derived:
         return sum(size for size, _ in self.values.values())
 
     def follow(self, weight: torch.Tensor) -> None:
-        """Forget all if the weight is no longer what it was. By the sum of its bits, which any edit changes: edits in
-        place leave everything else as it is, and the host may put an equal weight elsewhere."""
-        # As it lies in memory: any other order would copy it.
-        order = (0, 2, 3, 1) if _is_channels_last(weight) else (0, 1, 2, 3)
-        flat = weight.detach().permute(order).flatten()
-        is_even = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-        contents = (weight.dtype, int(flat.view(torch.int64 if is_even else torch.uint8).sum()))
+        """Forget all if the weight is no longer what it was."""
+        contents = artifacts.contents(weight)
         if contents != self._contents:
             self.release()
             self._contents = contents

@@ -128,10 +128,8 @@ class HostModelCall:
 
         def make() -> QuantizedLayers:
             # A GPU quantizes in a moment, and its memory is the host's to manage between runs.
-            if host.device.type == "cpu":
-                kept = host.keeper.get(host.module, ("quantize", quantizer), QuantizedWeights)
-            else:
-                kept = QuantizedWeights()
+            is_kept = host.device.type == "cpu"
+            kept = host.keeper.get(host.module, ("quantize", quantizer), QuantizedWeights) if is_kept else None
             return QuantizedLayers(host.patcher, host.paths, host.hooked, quantizer, dtype, kept)
 
         layers = host.once((QuantizedLayers, quantizer, dtype), make)

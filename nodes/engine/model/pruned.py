@@ -58,7 +58,7 @@ class PrunedLayers(Layers):
         self._is_observed = True
         try:
             for layer in self._candidates:
-                handles.append(layer.module.register_forward_pre_hook(self._look))
+                handles.append(layer.module.register_forward_pre_hook(self._look, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -67,8 +67,8 @@ class PrunedLayers(Layers):
             self._is_observed = False
 
     @torch.no_grad()
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x: torch.Tensor = args[0]
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: torch.Tensor = args[0] if args else kwargs["input"]
         inputs = self._inputs.get(module)
         if inputs is None:
             # What several layers are given, as the prompt is, is kept once.
@@ -99,7 +99,7 @@ class PrunedLayers(Layers):
             inputs = self._inputs.pop(layer.module, None)
             if layer.is_hooked:
                 self._leave(layer.module, "that hooks change")
-            elif inputs is None:
+            elif inputs is None or not inputs.seen:
                 self._leave(layer.module, "not used in the first evaluation")
             else:
                 used.append((layer, inputs, inputs.seen * layer.module.weight.numel()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequenti
 from torch import nn
 
 from ...methods.method import Pruner, Quantized, Quantizer
+from ..host import artifacts, machine
 from ..plan import models
 
 AS_IT_IS = {"comfy_cast_weights": False, "weight_function": (), "bias_function": ()}
@@ -40,10 +42,10 @@ class QuantizedWeights:
 
     def __init__(self) -> None:
         self._version: Hashable = None
-        self._made: dict[str, StandIn] = {}
+        self._made: dict[str, tuple[Hashable, StandIn]] = {}
 
-    def of(self, version: Hashable) -> dict[str, StandIn]:
-        """Those for this version of the weights, as far as they were made."""
+    def of(self, version: Hashable) -> dict[str, tuple[Hashable, StandIn]]:
+        """Those for this version of the weights, as far as they were made, each with what it was made of."""
         if self._version != version:
             self.release()
             self._version = version
@@ -176,7 +178,7 @@ class QuantizedLayers(Layers):
 
     Args:
         patcher, paths, hooked, quantizer, dtype: as those of `Layers`.
-        kept: holds what earlier runs made.
+        kept: holds what earlier runs made; None if nothing outlives this one.
     """
 
     def __init__(
@@ -186,14 +188,14 @@ class QuantizedLayers(Layers):
         hooked: Set[str],
         quantizer: Quantizer,
         dtype: torch.dtype,
-        kept: QuantizedWeights,
+        kept: QuantizedWeights | None,
     ):
         self.made = Quantized()
         super().__init__(patcher, paths, hooked, quantizer, dtype, self.made)
         self._quantizer = quantizer
-        # Another method may have cast some of them for this call.
-        dtypes = tuple(layer.module.weight.dtype for layer in self._layers)
-        self._kept = kept.of((models.weights_version(patcher), dtype, dtypes, self._device))
+        places = tuple(layer.path for layer in self._layers)
+        version = (models.weights_version(patcher), dtype, places, self._device)
+        self._kept = None if kept is None else kept.of(version)
         self.made.modules = len(self._layers)
         self.made.hooked = sum(layer.is_hooked for layer in self._layers)
         self._quantize_all()
@@ -210,10 +212,13 @@ class QuantizedLayers(Layers):
 
     def _quantize(self, layer: _Layer) -> StandIn:
         """A layer's own weights, quantized now if no earlier run did."""
-        stand_in = self._kept.get(layer.path)
-        if stand_in is None:
+        source = None if self._kept is None else _source(layer.module)
+        made_of, stand_in = (self._kept or {}).get(layer.path, (None, None))
+        if stand_in is None or made_of != source:
             began = time.perf_counter()
-            stand_in = self._kept[layer.path] = self._as_they_are(layer.module)
+            stand_in = self._as_they_are(layer.module)
+            if self._kept is not None:
+                self._kept[layer.path] = source, stand_in
             self.made.elapsed_s += time.perf_counter() - began
         layer.own = stand_in
         self._count(layer, stand_in)
@@ -230,6 +235,12 @@ class QuantizedLayers(Layers):
         return layer.own or self._quantize(layer)
 
 
+def _source(layer: nn.Linear) -> Hashable:
+    """A layer and its own weights: the host's version of them is silent on what another node puts in the place of a
+    block or a weight. By what is in them, since another method may have cast them for this call."""
+    return weakref.ref(layer), *(artifacts.contents(weight) for weight in layer.parameters())
+
+
 def sorted_out(
     paths: Mapping[nn.Module, str], sorter: Quantizer | Pruner
 ) -> Iterator[tuple[nn.Linear, str, str | None]]:
@@ -244,9 +255,16 @@ def sorted_out(
         if isinstance(part, TimestepEmbedSequential)
         or (isinstance(part, (nn.ModuleList, nn.ModuleDict)) and _has_attention(part))
     )
-    for layer, path in paths.items():
-        if isinstance(layer, nn.Linear):
-            yield layer, path, _unsuited(layer) or sorter.leaves_out(path, layer, path.startswith(blocks))
+    for part, path in paths.items():
+        if isinstance(part, nn.Linear) or _is_of_quantized_checkpoint(part):
+            layer: Any = part
+            why = _unsuited(layer) or sorter.leaves_out(path, layer, path.startswith(blocks))
+            yield layer, path, why or (None if isinstance(part, nn.Linear) else "left whole by a quantized checkpoint")
+
+
+def _is_of_quantized_checkpoint(part: nn.Module) -> bool:
+    """Whether a module is a linear layer that the host makes for such checkpoints. None of these is torch's."""
+    return hasattr(part, "comfy_cast_weights") and hasattr(part, "in_features")
 
 
 def _has_attention(module: nn.Module) -> bool:
@@ -305,7 +323,7 @@ def _unsuited(layer: nn.Linear) -> str | None:
     own = type(layer).forward
     if (
         not hasattr(layer, "comfy_cast_weights")
-        or "forward" in layer.__dict__
+        or machine.is_forward_replaced(layer)
         or not own.__module__.startswith("comfy.")
     ):
         return "of another node's code"

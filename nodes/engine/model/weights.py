@@ -391,7 +391,11 @@ class FusedQKV:
 
 def _not_fused(module: Any, device: torch.device) -> str | None:
     """Why a self-attention keeps its three projections; None if it may have one."""
-    if type(module) is not host.CrossAttention or "forward" in module.__dict__ or not machine.is_host_s(module.forward):
+    if (
+        type(module) is not host.CrossAttention
+        or machine.is_forward_replaced(module)
+        or not machine.is_host_s(module.forward)
+    ):
         return "another node replaced their code"
     if module._forward_hooks or module._forward_pre_hooks:
         return "another node has a hook on them"
@@ -399,7 +403,7 @@ def _not_fused(module: Any, device: torch.device) -> str | None:
         return machine.OWN_ATTENTION
     weights: list[torch.Tensor] = []
     for layer in (module.to_q, module.to_k, module.to_v):
-        if not isinstance(layer, nn.Linear) or "forward" in layer.__dict__ or layer.bias is not None:
+        if not isinstance(layer, nn.Linear) or machine.is_forward_replaced(layer) or layer.bias is not None:
             return "another node replaced their projections"
         hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
         if hooks and all(map(machine.is_ours, hooks)):
