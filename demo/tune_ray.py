@@ -25,9 +25,10 @@ from typing import Any
 from workspace import PACK, say
 
 SENT = {
-    "excludes": [".*", "__pycache__", "/tests/e2e", "/tests/released", "/training", "/benchmarks", "*.jpg", "*.png"]
+    "excludes": [".?*", "__pycache__", "/tests/e2e", "/tests/released", "/training", "/benchmarks", "*.jpg", "*.png"]
 }
-"""What of this folder the workers do not need."""
+"""What of this folder the workers do not need. The folder itself is "." to Ray, which newer versions of pathspec match
+with ".*"."""
 
 READY_S = 600
 TOLD_S = 30
