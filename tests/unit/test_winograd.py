@@ -320,6 +320,27 @@ def test_directly_in_bfloat16_the_error_is_that_of_bfloat16(memory_format):
     assert 1e-4 < float((y - exact).norm() / exact.norm()) < 5e-3
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 7), (8, 8), (20, 20)])
+def test_deep_and_small_it_is_a_product_and_the_same(size, memory_format, has_bias, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1024, *size, generator=generator).to(memory_format=memory_format)
+    weight = torch.randn(48, 1024, 3, 3, generator=generator) / 96
+    bias = torch.randn(48, generator=generator) if has_bias else None
+    direct, products = Direct(torch.bfloat16), []
+    product = winograd._product
+    monkeypatch.setattr(winograd, "_product", lambda *given: products.append(1) or product(*given))
+    y = direct.convolve(x, direct.transform(weight), bias, memory_format)
+    assert len(products) == (size != (20, 20))
+    assert y.dtype == torch.float32
+    assert y.shape == (2, 48, *size)
+    assert y.is_contiguous(memory_format=memory_format)
+    wide = None if bias is None else bias.double()
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), wide, padding=1)
+    assert 1e-4 < float((y - exact).norm() / exact.norm()) < 5e-3
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_without_memory_for_filters_the_hosts_own_runs(form, monkeypatch):
     monkeypatch.setattr(winograd, "choose", lambda *_: pytest.fail("it was measured"))
