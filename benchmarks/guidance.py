@@ -61,6 +61,9 @@ def settings() -> list[tuple[str, dict[str, dict[str, Any]], float]]:
     return found
 
 
+METHODS = tuple(dict.fromkeys(method for method, *_ in settings()))
+
+
 def told(nodes: dict[str, dict[str, Any]], steps: int) -> str:
     """A setting, for the table."""
     inputs = {name: value for given in nodes.values() for name, value in given.items()}
@@ -98,12 +101,12 @@ class Study:
         )  # fmt: skip
         return self.demo.decode(latents), self.predictions / self.count
 
-    def rows(self, sampler: str, cfg: float, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """Every setting of some methods, or of all, with one sampler."""
+    def rows(self, sampler: str, cfg: float, methods: Sequence[str]) -> list[dict[str, Any]]:
+        """Every setting of some methods with one sampler."""
         exact, full = self.sample(sampler, {}, self.steps, cfg)
         found = []
         for method, nodes, share in settings():
-            if methods and method not in methods:
+            if method not in methods:
                 continue
             steps = round(self.steps * share)
             images, predictions = self.sample(sampler, nodes, steps, cfg)
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="prompts (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     arguments = parser.parse_args()
     import matplotlib  # noqa: F401, or the lack of it would be found when all is done
 
@@ -215,14 +219,15 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "figures.json"
     models = json.loads(file.read_text()) if file.exists() else {}
-    # Samplers that are not run again keep their figures.
+    # What is not run again keeps its figures.
     before = models.get(arguments.architecture, {"rows": []})["rows"]
-    rows = [row for row in before if row["sampler"] not in arguments.samplers]
+    is_again = lambda row: row["sampler"] in arguments.samplers and row["method"] in arguments.methods  # noqa: E731
+    rows = [row for row in before if not is_again(row)]
     for sampler in arguments.samplers:
-        rows += study.rows(sampler, CFG)
-        for cfg in OTHER_SCALES:
+        rows += study.rows(sampler, CFG, arguments.methods)
+        for cfg in OTHER_SCALES if ADAPTIVE in arguments.methods else ():
             rows += study.rows(sampler, cfg, [ADAPTIVE])
-        rows.sort(key=lambda row: SAMPLERS.index(row["sampler"]))
+        rows.sort(key=lambda row: (SAMPLERS.index(row["sampler"]), METHODS.index(row["method"])))
         counts = " or ".join(map(str, sorted({row["pictures"] for row in rows})))
         about = f"{counts} prompts of combinations that training held out, a seed each, {arguments.steps} steps, "
         about += f"cfg {CFG:g}; demo model, 256x256"
