@@ -631,7 +631,8 @@ class MeasuredRun(CFGCutoffRun):
         if self.adapts_steps:
             return ["no guidance was reused, since this sampler chooses its own steps by what the model gives"]
         if self.over_budget:
-            return [f"{self.over_budget} more were made in full, as reuse would have missed by too much"]
+            was = "was" if self.over_budget == 1 else "were"
+            return [f"{self.over_budget} more {was} made in full, as reuse would have missed by too much"]
         if self.guided and not self.full:
             return ["no guidance was reused, since the positive prompt is not told apart in what is evaluated"]
         if not self.reused and self.guided:
