@@ -163,14 +163,20 @@ def add_lora(patcher: ModelPatcher, seed: int = 3, strength: float = 0.5) -> Mod
     return clone
 
 
-def bypass_lora(patcher: ModelPatcher) -> ModelPatcher:
-    """A clone with a LoRA on queries and keys as the host's Load LoRA (Bypass) puts it: beside the layers, each run."""
+def lora_of_queries_and_keys(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
+    """A LoRA as its file has it."""
     generator, weights = torch.Generator().manual_seed(4), {}
     for key, weight in patcher.model_state_dict("diffusion_model.").items():
         if key.endswith(("to_q.weight", "to_k.weight")):
             stem = key.removesuffix(".weight")
             weights[f"{stem}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
             weights[f"{stem}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+    return weights
+
+
+def bypass_lora(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone with a LoRA as the host's Load LoRA (Bypass) puts it: beside the layers, each run."""
+    weights = lora_of_queries_and_keys(patcher)
     clone: ModelPatcher = comfy.sd.load_bypass_lora_for_models(patcher, None, weights, 1.0, 0)[0]
     return clone
 

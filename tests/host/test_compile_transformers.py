@@ -173,12 +173,7 @@ def add_lora(patcher, seed=3, strength=0.5):
 
 def hooked(name, patcher):
     """A prompt with a LoRA of its own."""
-    generator, weights = torch.Generator().manual_seed(4), {}
-    for key, weight in patcher.model_state_dict("diffusion_model.").items():
-        if key.endswith(("to_q.weight", "to_k.weight")):
-            stem = key.removesuffix(".weight")
-            weights[f"{stem}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=generator)
-            weights[f"{stem}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+    weights = hosted.lora_of_queries_and_keys(patcher)
     ((context, values),) = transformer_prompt(name, 1)
     return [[context, {**values, "hooks": comfy.hooks.create_hook_lora(weights, 1.0, 1.0)}]]
 
