@@ -225,8 +225,11 @@ class PrecisionRun(MethodRun):
         if others:
             parts = "1 part that another node put" if others == 1 else f"{others} parts that other nodes put"
             notes.append(f"{parts} into the model computed in {_name(before)}")
-        if dtype == torch.bfloat16 and self.device == "cpu" and not has_bf16():
-            notes.append("this processor has no bf16 arithmetic, so fp32 may be faster")
+        if self.device == "cpu" and not has_bf16():
+            if dtype == torch.bfloat16:
+                notes.append("this processor has no bf16 arithmetic, so fp32 may be faster")
+            elif dtype == torch.float32 and self.config.compute_dtype == "auto":
+                notes.append("this processor has no bf16 arithmetic, which is what auto takes where it is faster")
         if self.config.tf32 != "auto" and not self.as_tf32:
             where = "is for NVIDIA GPUs" if self.device != "cuda" else f"is for fp32, not {_name(dtype)}"
             notes.append(f"tf32 {where}: not used")

@@ -200,6 +200,15 @@ def test_a_processor_without_bf16_is_told(with_bf16):
     assert ("this processor has no bf16 arithmetic, so fp32 may be faster" in text) != with_bf16
 
 
+def test_auto_that_finds_no_bf16_says_so(with_bf16):
+    state, text = told(Call())
+    note = "; this processor has no bf16 arithmetic, which is what auto takes where it is faster"
+    assert state == ("active" if with_bf16 else "inert")
+    assert text.endswith(note) != with_bf16
+    assert note not in told(Call(), compute_dtype="fp32")[1]
+    assert note not in told(Call("cuda"))[1]
+
+
 @pytest.mark.parametrize(
     ("call", "values", "why"),
     [
