@@ -171,7 +171,8 @@ def test_a_model_that_was_not_called():
     assert begin().verdict() == ("inert", "changed nothing: the model was not called")
 
 
-def test_another_dtype_with_what_it_takes():
+def test_another_dtype_with_what_it_takes(monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
     made = Made(modules=3, extra_bytes=5 * MIB)
     assert told(Call(made=made), compute_dtype="bf16", channels_last="on") == (
         "active",
