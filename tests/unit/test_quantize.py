@@ -17,6 +17,13 @@ from torch import nn
 CPU_MODEL = Model("SDXL", "SDXL", 320, 9, 19)
 
 
+@pytest.fixture(autouse=True)
+def with_vnni(monkeypatch):
+    """As on a processor that has it."""
+    monkeypatch.setattr(quantize, "multiplies_in_int8", lambda device: True)
+    monkeypatch.setattr("torchao.utils.should_reduce_range", lambda device: False)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -255,6 +262,30 @@ def test_the_verdict_has_layers_bytes_and_what_was_left_out():
 )
 def test_the_verdict_says_what_the_scheme_needs_to_be_faster(scheme, device, is_compiled, told):
     assert told in verdict([MADE], scheme, device, is_compiled)[1]
+
+
+def test_without_vnni_int8_dynamic_computes_as_weight_only_and_says_so(monkeypatch):
+    weight, x = random(48, 32), random(7, 32, seed=1)
+    expected = nn.functional.linear(x, Quantize("int8 weight-only").quantize(weight))
+    monkeypatch.setattr(quantize, "multiplies_in_int8", lambda device: device != "cpu")
+    assert torch.equal(nn.functional.linear(x, Quantize("int8 dynamic").quantize(weight)), expected)
+    for is_compiled in (False, True):
+        text = verdict([MADE], "int8 dynamic", "cpu", is_compiled)[1]
+        assert "computed as int8 weight-only, so no faster: this processor has no VNNI" in text
+        assert "Compile Model" not in text
+    assert verdict([MADE], "int8 weight-only", "cpu", False)[1].endswith("so it is no faster on a CPU")
+    assert "no VNNI" not in verdict([MADE], "int8 dynamic", "cuda", True)[1]
+
+
+@pytest.mark.parametrize(("machine", "has_vnni", "expected"), [
+    ("x86_64", True, True), ("AMD64", False, False), ("x86_64", False, False), ("arm64", False, True),
+])  # fmt: skip
+def test_which_processors_multiply_in_int8(machine, has_vnni, expected, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni, raising=False)
+    assert quantize.multiplies_in_int8("cpu") == expected
+    assert quantize.multiplies_in_int8("cuda")
 
 
 def test_the_verdict_says_what_else_is_otherwise():

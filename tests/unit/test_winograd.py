@@ -294,6 +294,7 @@ def test_where_the_host_is_faster_its_own_bits_come_and_the_verdict_says_so(monk
 
 
 def test_what_fits_is_taken_where_the_fastest_does_not(monkeypatch):
+    monkeypatch.setattr(winograd, "has_bf16", lambda: True)
     faster = (Form(4), Direct(torch.bfloat16))
     seconds = {HOST: 3.0, **dict.fromkeys(map(str, faster), 1.0)}
     monkeypatch.setattr(winograd, "choose", lambda *_: Choice(faster, seconds))
