@@ -105,8 +105,8 @@ def _lacking_fp8(device: str) -> str | None:
 
 
 def multiplies_in_int8(device: str) -> bool:
-    """Whether a device type has what products of int8 need. On an x86 processor without AVX512-VNNI torch 2.11 adds them
-    up one by one, in some thirty times as long as in float32 (measured), compiled or not."""
+    """Whether a device type has what products of int8 need. On an x86 processor without AVX512-VNNI torch 2.11 adds
+    them up one by one, in some thirty times as long as in float32 (measured), compiled or not."""
     if device != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     # Not in every torch that the host supports, and no part of its documented interface.
@@ -279,8 +279,8 @@ class QuantizeRun(MethodRun):
         """What the scheme needs to be faster than without."""
         has_int8 = multiplies_in_int8(self.device)
         if self.config.scheme == "int8 dynamic" and not has_int8:
-            return ["computed as int8 weight-only, so no faster: this processor has no VNNI, without which products of int8 "
-                    "take many times as long"]  # fmt: skip
+            why = "this processor has no VNNI, without which products of int8 take many times as long"
+            return [f"computed as int8 weight-only, so no faster: {why}"]
         if self.config.is_dynamic:
             if self.is_compiled:
                 return []

@@ -474,7 +474,8 @@ def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     assert len(compiling) >= 2
     # Where the machine is busy, a second may pass untold, and the first may end before the first graph.
     seconds = [int(re.match(r"compiling, (\d+) s so far", text)[1]) for text in compiling]
-    assert seconds[0] >= 1 and seconds == sorted(set(seconds))
+    assert seconds[0] >= 1
+    assert seconds == sorted(set(seconds))
     assert any(", graphs done: " in text for text in compiling)
 
 
