@@ -111,10 +111,12 @@ def times(runs: int) -> list[dict[str, Any]]:
     """Seconds of a guided evaluation of full-size layouts, computed and held."""
     import hosted
     import torch
+    from slipstream_pack.nodes.methods.method import has_bf16
 
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
     rows = []
     for layout, sizes in SIZES.items():
-        model = full_size(layout, torch.bfloat16)
+        model = full_size(layout, dtype)
         unet = model.model.diffusion_model
         prompts = [hosted.prompt(model, seed, tokens=77) for seed in (10, 11)]
         for size in sizes:
@@ -126,7 +128,8 @@ def times(runs: int) -> list[dict[str, Any]]:
                         hosted.sample(model, *prompts, steps=STEPS, cfg=7.5, image=latent, last_step=2)
                     # The second evaluation is the one that may be held.
                     taken[name].append(moments[3] - moments[2])
-            rows.append({"layout": layout, "size": size, **{k: statistics.median(v[1:]) for k, v in taken.items()}})
+            seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}
+            rows.append({"layout": layout, "size": size, "dtype": str(dtype).removeprefix("torch."), **seconds})
             print(rows[-1], flush=True)
     return rows
 
@@ -143,10 +146,10 @@ def page(report: dict[str, Any]) -> str:
             f"| {100 * row['after']:.0f} % | {row['what']} | {row['ssim']:.4f} | {row['ssim_worst']:.4f} |"
             for row in report["rows"]
         ),
-        "", "A guided evaluation of full-size layouts, random weights in bf16, medians of rounds in turn.", "",
-        "| layout | size | computed | held | saves |", "|---|---|---|---|---|",
+        "", "A guided evaluation of full-size layouts, random weights, medians of rounds in turn.", "",
+        "| layout | dtype | size | computed | held | saves |", "|---|---|---|---|---|---|",
         *(
-            f"| {t['layout']} | {t['size']} | {t['computed']:.2f} s | {t['held']:.2f} s "
+            f"| {t['layout']} | {t['dtype']} | {t['size']} | {t['computed']:.2f} s | {t['held']:.2f} s "
             f"| {100 * (1 - t['held'] / t['computed']):.1f} % |"
             for t in report["times"]
         ),
