@@ -472,10 +472,11 @@ def test_compiling_is_told_while_it_lasts(model, fresh, monkeypatch):
     sample(compile_model(model))
     compiling = [line.text for line in told if line.state == "running" and line.text.startswith("compiling")]
     assert len(compiling) >= 2
-    # Where the machine is busy, a second may pass untold, and the first may end before the first graph.
+    # Where the machine is busy, a second may pass untold, the first may end before the first graph, and what is
+    # compiled later begins anew.
     seconds = [int(re.match(r"compiling, (\d+) s so far", text)[1]) for text in compiling]
-    assert seconds[0] >= 1
-    assert seconds == sorted(set(seconds))
+    assert min(seconds) >= 1
+    assert max(seconds) >= 2
     assert any(", graphs done: " in text for text in compiling)
 
 
