@@ -146,7 +146,8 @@ def page(report: dict[str, Any]) -> str:
             f"| {100 * row['after']:.0f} % | {row['what']} | {row['ssim']:.4f} | {row['ssim_worst']:.4f} |"
             for row in report["rows"]
         ),
-        "", "A guided evaluation of full-size layouts, random weights, medians of rounds in turn.", "",
+        "", "A guided evaluation of full-size layouts, random weights, on "
+        f"{report['machine']['threads']} threads; medians of {report['runs']} rounds in turn.", "",
         "| layout | dtype | size | computed | held | saves |", "|---|---|---|---|---|---|",
         *(
             f"| {t['layout']} | {t['dtype']} | {t['size']} | {t['computed']:.2f} s | {t['held']:.2f} s "
@@ -171,6 +172,7 @@ def main() -> None:
     report = {
         "machine": hosted.engine("host.machine").describe(torch.device("cpu")),
         "count": arguments.count,
+        "runs": arguments.runs,
         "times": times(arguments.runs),
         "rows": likeness(arguments.count),
     }

@@ -178,18 +178,23 @@ class Quantize(Configuration):
             return f"of sides that are no multiples of {multiple}"
         return None
 
+    def computed_as(self, device: str) -> str:
+        """The scheme that serves this one on a device type."""
+        is_slow = self.scheme == "int8 dynamic" and not multiplies_in_int8(device)
+        return "int8 weight-only" if is_slow else self.scheme
+
     def quantize(self, weight: Tensor) -> nn.Parameter:
         ao: Any = importlib.import_module("torchao.quantization")
         layer = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         # torchao would set inductor's options for the whole process.
         options: dict[str, Any] = {"set_inductor_config": False}
-        is_slow = self.scheme == "int8 dynamic" and not multiplies_in_int8(weight.device.type)
-        if self.scheme == "int8 weight-only" or is_slow:
+        scheme = self.computed_as(weight.device.type)
+        if scheme == "int8 weight-only":
             config = ao.Int8WeightOnlyConfig(**options)
-        elif self.scheme == "fp8 weight-only":
+        elif scheme == "fp8 weight-only":
             config = ao.Float8WeightOnlyConfig(**options)
-        elif self.scheme == "int8 dynamic":
+        elif scheme == "int8 dynamic":
             # Elsewhere than on x86 too sums of products may overflow without VNNI, unless the numbers are smaller.
             utils: Any = importlib.import_module("torchao.utils")
             if getattr(utils, "should_reduce_range", lambda device: False)(weight.device):
@@ -277,10 +282,10 @@ class QuantizeRun(MethodRun):
 
     def _speed(self) -> list[str]:
         """What the scheme needs to be faster than without."""
-        has_int8 = multiplies_in_int8(self.device)
-        if self.config.scheme == "int8 dynamic" and not has_int8:
+        served = self.config.computed_as(self.device)
+        if served != self.config.scheme:
             why = "this processor has no VNNI, without which products of int8 take many times as long"
-            return [f"computed as int8 weight-only, so no faster: {why}"]
+            return [f"computed as {served}, so no faster: {why}"]
         if self.config.is_dynamic:
             if self.is_compiled:
                 return []
@@ -288,7 +293,8 @@ class QuantizeRun(MethodRun):
                 return ["Compile Model with inductor makes it faster still"]
             return ["add Compile Model: without it, it is slower than without this node as a rule"]
         if self.device == "cpu":
-            return [f"computes as before, so it is no faster on a CPU{': int8 dynamic is' if has_int8 else ''}"]
+            other = ": int8 dynamic is" if multiplies_in_int8(self.device) else ""
+            return [f"computes as before, so it is no faster on a CPU{other}"]
         if not self.is_compiled:
             return ["add Compile Model: without it, unpacking the weights at each use takes time"]
         return ["computes as before: it saves memory, not time"]
