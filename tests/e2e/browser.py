@@ -36,8 +36,11 @@ Theme = Literal["dark", "light"]
 Status = Literal["success", "error", "interrupted", "refused"]
 NodeId = int | str
 
-PATIENCE_MS = 5000
-"""How long what a click is for may take to come about, before it is clicked again."""
+PATIENCE_MS = 300_000
+"""How long anything that should happen may take: a machine that does three other things beside is no fault."""
+
+AGAIN_MS = 5000
+"""How long what a click is for may take to come about, before it is clicked again; then twice that, and so on."""
 
 SETTLE_MS = 10_000
 """How long a page may go on moving."""
@@ -98,6 +101,16 @@ _COUNT_WAITING = """
       throw error
     }
   }
+"""
+
+# Drawn on the processor, what fades or is blurred takes most of it: a template of the host's took 12 s to open, not 2.
+_KEEP_STILL = """
+  addEventListener('DOMContentLoaded', () => {
+    const style = document.createElement('style')
+    const none = ['animation', 'transition', 'backdrop-filter'].map((name) => `${name}: none !important`)
+    style.textContent = `*, ::before, ::after { ${none.join('; ')} }`
+    document.head.append(style)
+  })
 """
 
 _UNTIL_STILL = """
@@ -166,6 +179,15 @@ async () => {
   const { workflow } = app.extensionManager
   for (const other of [...workflow.openWorkflows])
     if (other !== workflow.activeWorkflow) await workflow.closeWorkflow(other)
+}
+"""
+
+# The Templates browser draws those further down as one comes near them.
+_COME_NEARER = """
+(name) => {
+  const cards = [...document.querySelectorAll("[data-testid^='template-workflow-']")]
+  cards.at(-1)?.scrollIntoView()
+  return cards.some((card) => card.dataset.testid === name)
 }
 """
 
@@ -274,7 +296,9 @@ class Page:
 
     def __post_init__(self) -> None:
         self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE_MS)
         self.page.add_init_script(_COUNT_WAITING)
+        self.page.add_init_script(_KEEP_STILL)
         self.page.on("console", self._note_console)
         self.page.on("pageerror", lambda error: self._problems.append(f"exception: {error}"))
         self.page.goto(self.server.url)
@@ -300,9 +324,7 @@ class Page:
         self._problems.clear()
 
     def _wait_until_ready(self) -> None:
-        self.page.wait_for_function(
-            "() => window.app?.vueAppReady && app.graph?.nodes && app.api?.clientId", timeout=60_000
-        )
+        self.page.wait_for_function("() => window.app?.vueAppReady && app.graph?.nodes && app.api?.clientId")
         self.page.evaluate(_HELPERS)
         self.page.get_by_test_id("queue-button").or_(self.page.locator(".queue-button-group")).first.wait_for()
         self.settle()
@@ -349,19 +371,11 @@ class Page:
         """
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = self.page.get_by_role("dialog").last
-        dialog.get_by_text(pack, exact=True).first.click()
-        # While pictures arrive the cards move, also from under the pointer.
+        # Events instead of clicks, which wait until nothing moves: the cards do while pictures arrive.
+        dialog.get_by_text(pack, exact=True).first.dispatch_event("click")
         name = f"template-workflow-{title}"
-        is_closed = "(name) => !document.querySelector(`[data-testid='${name}']`)"
-        card, cards = dialog.get_by_test_id(name), dialog.locator("[data-testid^='template-workflow-']")
-        # It draws those further down as one comes near them.
-        for _ in range(50):
-            if card.count():
-                break
-            if cards.count():
-                cards.last.scroll_into_view_if_needed()
-            self.page.wait_for_timeout(100)
-        self._until(card.click, is_closed, name)
+        self.page.wait_for_function(_COME_NEARER, arg=name, polling=100)
+        dialog.get_by_test_id(name).dispatch_event("click")
         is_open = "(title) => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(title)"
         self.page.wait_for_function(is_open, arg=title)
         self.settle()
@@ -427,15 +441,18 @@ class Page:
         self.settle()
 
     def _until(self, act: Callable[[], object], accept: str, argument: object = None) -> None:
-        """Does something again, up to three times, until the page agrees that what it is for has come about."""
-        for attempt in range(3):
+        """Does something again, ever more patiently, until the page agrees that what it is for has come about."""
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        patience = AGAIN_MS
+        while True:
             act()
             try:
-                self.page.wait_for_function(accept, arg=argument, timeout=PATIENCE_MS)
+                self.page.wait_for_function(accept, arg=argument, timeout=patience)
                 return
             except PlaywrightTimeoutError:
-                if attempt == 2:
+                if time.monotonic() > deadline:
                     raise
+            patience *= 2
 
     def tab(self) -> str:
         """The name of the open workflow's tab."""
@@ -466,19 +483,17 @@ class Page:
         ]
         return Outcome("refused", "", "; ".join([answer["error"]["message"], *errors]))
 
-    def wait(self, prompt_id: str, timeout_s: float = 120) -> Outcome:
+    def wait(self, prompt_id: str) -> Outcome:
         """Waits until the page has heard of a prompt's end."""
-        end = self.page.wait_for_function(
-            "(id) => slipstreamTest.ends[id]", arg=prompt_id, timeout=timeout_s * 1000
-        ).json_value()
+        end = self.page.wait_for_function("(id) => slipstreamTest.ends[id]", arg=prompt_id).json_value()
         self.settle()
         node_id = str(end.get("node_id", "")) if end["status"] != "success" else ""
         return Outcome(end["status"], prompt_id, end.get("exception_message", "").strip(), node_id)
 
-    def run(self, timeout_s: float = 120) -> Outcome:
+    def run(self) -> Outcome:
         """Presses Run and waits for the end."""
         queued = self.queue()
-        return queued if isinstance(queued, Outcome) else self.wait(queued, timeout_s)
+        return queued if isinstance(queued, Outcome) else self.wait(queued)
 
     def interrupt(self) -> None:
         """Stops the running prompt, as its Cancel button does."""
@@ -492,15 +507,13 @@ class Page:
     def _verdicts_now(self, node: NodeId) -> list[VerdictLine]:
         return [VerdictLine(**line) for line in self.page.evaluate(_READ_VERDICTS, node)]
 
-    def wait_for_verdict(
-        self, node: NodeId, accept: Callable[[list[VerdictLine]], bool], timeout_s: float = 30
-    ) -> list[VerdictLine]:
+    def wait_for_verdict(self, node: NodeId, accept: Callable[[list[VerdictLine]], bool]) -> list[VerdictLine]:
         """The node's lines as soon as ``accept`` likes them.
 
         Raises:
             TimeoutError: It never did; the message holds what was shown last.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_MS / 1000
         while not accept(lines := self._verdicts_now(node)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"node {node} shows {lines}")
@@ -598,7 +611,6 @@ class Page:
                     return image?.naturalWidth > 1 && (inPage === null || inPage.offsetWidth > 1)
                 }""",
                 arg=node,
-                timeout=10_000,
             )
         except PlaywrightTimeoutError:
             return False

@@ -125,10 +125,10 @@ def undo(page: Page) -> None:
     """Takes the last step back. The host loads the graph anew for that, which a busy page takes its time for, and may
     lose the key."""
     before = graph(page)
-    for _ in range(3):
+    for patience_s in (5, 10, 20, 40):
         page.page.evaluate("() => { document.activeElement?.blur(); app.canvas.canvas.focus() }")
         page.page.keyboard.press("Control+z")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience_s
         while graph(page) == before and time.monotonic() < deadline:
             page.settle()
         if graph(page) != before:

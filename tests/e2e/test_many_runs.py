@@ -62,7 +62,7 @@ def test_a_node_stays_low_and_its_messages_small(kinds, fails, runs, page, workf
     page.load(workflow.data)
     before = {name: page.page.evaluate("(id) => slipstreamTest.node(id).size[1]", workflow.id(name)) for name in OURS}
     page.page.evaluate(_LISTEN)
-    assert page.run(timeout_s=300).status == "success"
+    assert page.run().status == "success"
     heard = heard_of(page)
     print(runs, heard)
     for name in OURS:

@@ -134,7 +134,7 @@ def test_a_template_opens_runs_and_shows_image_and_verdicts(title, tour, page, r
     page.server.post("/free", {"free_memory": True})
     page.open_template("slipstream", title)
     kinds = make_small(page, title)
-    outcome = page.run(timeout_s=300)
+    outcome = page.run()
     assert outcome.status == "success", outcome
     ours = [number for number, kind in kinds.items() if kind.startswith("Slipstream")]
     assert ours

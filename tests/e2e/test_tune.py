@@ -24,6 +24,7 @@ READ_PANEL = """
   const images = [...panel.querySelectorAll('.slipstream-benchmark__images img')]
   return {
     plans: rows.map((row) => row.dataset.plan),
+    usable: rows.filter((row) => row.dataset.result !== 'failed').map((row) => row.dataset.plan),
     shown: rows.filter((row) => row.hasAttribute('data-shown')).map((row) => row.dataset.plan),
     marks: panel.querySelector('.slipstream-benchmark__chart svg')?.querySelectorAll('path').length ?? 0,
     images: images.filter((image) => image.naturalWidth > 1 && image.offsetWidth > 1).length,
@@ -43,7 +44,7 @@ def workflow() -> Workflow:
 def panel(page, node_id):
     """What the panel shows, once its chart is drawn and its images are there."""
     page.fit()
-    for _ in range(100):
+    for _ in range(1000):
         shown = page.page.evaluate(READ_PANEL, node_id)
         if shown and shown["marks"] and shown["images"] >= 2:
             break
@@ -57,11 +58,9 @@ def test_a_click_chooses_a_plan_and_the_node_answers_from_what_it_measured(page,
     page.load(workflow.data)
     for name, value in FEW.items():
         page.set_widget(node_id, name, value)
-    page.set_widget(workflow.id("EmptyLatentImage"), "width", 128)
-    page.set_widget(workflow.id("EmptyLatentImage"), "height", 128)
-    assert page.run(timeout_s=300).status == "success"
+    assert page.run().status == "success"
     shown = panel(page, node_id)
-    assert len(shown["plans"]) > 1
+    assert shown["plans"]
     assert len(shown["shown"]) == 1
     assert shown["marks"] > len(shown["plans"])
     assert shown["images"] >= 2
@@ -71,17 +70,22 @@ def test_a_click_chooses_a_plan_and_the_node_answers_from_what_it_measured(page,
     page.page.locator(".slipstream-tune").get_by_role("button", name="Copy as Markdown").dispatch_event("click")
     page.settle()
     copied = page.page.evaluate("() => navigator.clipboard.readText()")
-    assert copied.startswith("### DemoFamily, 128x128, 6 steps of ")
+    assert copied.startswith("### DemoFamily, 64x64, 6 steps of ")
     assert all(f"| {name} |" in copied for name in shown["plans"] if name not in shown["shown"])
 
-    other = next(name for name in shown["plans"] if "steps" not in name and name not in shown["shown"])
+    # The table's first rows may be the best alone.
+    every = page.page.locator(".slipstream-tune").get_by_role("button", name="All ")
+    if every.is_visible():
+        every.dispatch_event("click")
+        shown = panel(page, node_id)
+    other = next(name for name in shown["usable"] if "steps" not in name and name not in shown["shown"])
     row = page.page.locator(f'.slipstream-tune [data-plan="{other}"] tr')
     row.dispatch_event("click")
     page.settle()
     chosen = panel(page, node_id)
     assert chosen["chosen"] == other
     assert chosen["shown"] == [other]
-    assert page.run(timeout_s=60).status == "success"
+    assert page.run().status == "success"
     assert page.verdicts(node_id)[0].text.startswith(f"chosen: {other}; ")
     # A second click goes back to the best.
     row.dispatch_event("click")
@@ -103,9 +107,7 @@ def test_it_is_readable_on_light_too(open_page, workflow):
     page.load(workflow.data)
     for name, value in FEW.items():
         page.set_widget(node_id, name, value)
-    for name in ("width", "height"):
-        page.set_widget(workflow.id("EmptyLatentImage"), name, 128)
-    assert page.run(timeout_s=300).status == "success"
+    assert page.run().status == "success"
     assert panel(page, node_id)["plans"]
     keep_picture(page, "tune-light")
     assert not page.problems()

@@ -65,7 +65,7 @@ def test_a_failed_run_takes_the_place_of_an_old_success(page, workflow):
 
 
 def test_an_interrupted_run_says_so(page, workflow):
-    workflow.add_fault(step_s=0.4)
+    workflow.add_fault(step_s=2)
     page.load(workflow.data)
     queued = page.queue()
     page.wait_for_verdict(workflow.id("SlipstreamFreeU"), lambda lines: bool(lines) and lines[0].state == "running")
