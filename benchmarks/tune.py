@@ -3,16 +3,20 @@
     python benchmarks/tune.py                                # in the environment that `./slipstream env` names
     python benchmarks/tune.py --architecture transformer
     python benchmarks/tune.py --count 4 --seeds 1 --steps 8  # a look
+    python benchmarks/tune.py --replay                       # try everything, and search in what was seen
 
 For each sampler every plan of a ladder is tried on every picture, once. Then the search runs by itself for each floor,
 and measures anew. The plan that it finds is held against the best one of all by the same rule for the floor, both by
-the times of trying everything; and the floor against prompts and seeds that neither saw. One thread, nothing else must
-be running. Each run is written as it comes: the same command goes on from there.
+the times of trying everything; and the floor against prompts and seeds that neither saw. Once more it runs without the
+machine: each run is answered with what trying everything saw of it, a plan's time being the one in the middle, which
+tells what the search misses from what the machine's times scatter. One thread, nothing else must be running. Each run
+is written as it comes: the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -98,12 +102,40 @@ class Held:
         return Search(self.ladder.dials, pictures, fresh, self.log(name), measure, floor, steps)
 
 
+def replayed(whole: Any, make: Any) -> dict[str, Any]:
+    """What a search finds where every run is as trying everything saw it, and in how many runs.
+
+    Args:
+        whole: the search that tried everything.
+        make: makes a search of a log and of what measures.
+    """
+    from slipstream_pack.nodes.measuring.trials import EXACT, Interleaved, Log, Trial
+
+    log, clock = Log(), itertools.count()
+
+    def run(task: Any) -> Trial:
+        at = float(next(clock))
+        if task.plan == EXACT:
+            return Trial(EXACT, task.picture, "replayed", at, seconds=1.0, similarity=1.0)
+        similar = whole.log.similarities(task.plan)
+        # The checks are at pictures of their own, which were not tried there.
+        like = similar.get(task.picture, min(similar.values(), default=0.0))
+        return Trial(task.plan, task.picture, "replayed", at, seconds=whole.ratio(task.of), similarity=like)
+
+    best = make(log, Interleaved(run, log, lambda picture: log.has(EXACT, picture))).run().best
+    return {
+        "replayed": None if best is None else best.name,
+        "replayed_ratio": None if best is None else whole.ratio(best),
+        "replayed_runs": len(log.trials),
+    }
+
+
 def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All of one sampler on one model: the figures."""
     import hosted
     import pictures
     import torch
-    from slipstream_pack.nodes.measuring.search import exhaustive
+    from slipstream_pack.nodes.measuring.search import Search, exhaustive
     from slipstream_pack.nodes.measuring.trials import Task
 
     table, trying, tune = hosted.method("tune"), hosted.engine("trying"), hosted.engine("tune")
@@ -138,20 +170,31 @@ def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namesp
         plans = whole.every()
         assert len(plans) <= MOST, len(plans)
         best = exhaustive(whole)
-        search = one.search(f"floor {floor}", floor, seen, fresh, call.steps)
-        found = search.run()
-        chosen[floor] = found.best
         figures["plans"], figures["runs"] = len(plans), len(one.log("all").trials)
         figures["floors"][str(floor)] = {
             "best": None if best is None else best.name,
             "best_ratio": None if best is None else whole.ratio(best),
+            **replayed(
+                whole,
+                lambda log, measure, floor=floor: Search(ladder.dials, seen, fresh, log, measure, floor, call.steps),
+            ),
+        }
+        if arguments.replay:
+            continue
+        search = one.search(f"floor {floor}", floor, seen, fresh, call.steps)
+        found = search.run()
+        chosen[floor] = found.best
+        figures["floors"][str(floor)] |= {
             "found": None if found.best is None else found.best.name,
             "found_ratio": None if found.best is None else whole.ratio(found.best),
             "failed": [check.plan.name for check in found.checks if not check.holds],
             "runs": len(one.log(f"floor {floor}").trials),
         }
-        one.data["figures"] = figures
-        one.write()
+
+    one.data["figures"] = figures
+    one.write()
+    if arguments.replay:
+        return figures
 
     # The exact model once for all floors.
     unseen = [trying.picture_of(key, 1_000 + number) for number, key in enumerate(keys[PROMPTS:])]
@@ -186,16 +229,38 @@ def to_markdown(found: dict[str, dict[str, Any]], machine: str) -> str:
         for floor, one in figures["floors"].items():
             if "unseen" not in one:
                 continue
-            loss = "-"
-            if one["found"] and one["best"]:
-                loss = f"{100 * (one['found_ratio'] / one['best_ratio'] - 1):.1f} %"
-            told = [f"{part} ({1 / one[f'{key}_ratio']:.2f}x)" if part else "none" for key, part in
-                    (("found", one["found"]), ("best", one["best"]))]  # fmt: skip
+            told = [told_of(one, key) for key in ("found", "best")]
             like = [f"{one[key]:.4f}" if one[key] is not None else "-" for key in ("unseen_worst", "unseen_mean")]
-            runs = f"{one['runs']} of {figures['runs']} ({100 * one['runs'] / figures['runs']:.0f} %)"
-            cells = [name, floor, *told, loss, runs, f"{one['held']} of {one['unseen']}", *like]
+            runs = runs_of(one["runs"], figures["runs"])
+            cells = [name, floor, *told, loss_of(one, "found"), runs, f"{one['held']} of {one['unseen']}", *like]
             lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "", "The same search answered with what trying everything saw, so that no time scatters "
+        "(`python benchmarks/tune.py --replay`).", "",
+        "| model, sampler | floor | found | best of all | loss | runs |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, figures in found.items():
+        for floor, one in figures["floors"].items():
+            if "replayed" in one:
+                runs = runs_of(one["replayed_runs"], figures["runs"])
+                cells = [name, floor, told_of(one, "replayed"), told_of(one, "best"), loss_of(one, "replayed"), runs]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{machine}.", ""])
+
+
+def told_of(one: dict[str, Any], key: str) -> str:
+    """A plan with its speed."""
+    return f"{one[key]} ({1 / one[f'{key}_ratio']:.2f}x)" if one[key] else "none"
+
+
+def runs_of(own: int, every: int) -> str:
+    """A search's runs, of those of trying everything."""
+    return f"{own} of {every} ({100 * own / every:.0f} %)"
+
+
+def loss_of(one: dict[str, Any], key: str) -> str:
+    """How much longer a plan takes than the best of all."""
+    return f"{100 * (one[f'{key}_ratio'] / one['best_ratio'] - 1):.1f} %" if one[key] and one["best"] else "-"
 
 
 def main() -> None:
@@ -206,6 +271,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--replay", action="store_true", help="try everything, and search in what was seen alone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="(default: results/tune)")
     arguments = parser.parse_args()
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
+import time
+from collections import Counter
 
 import pytest
+import tune
+import tune_options
 from browser import keep_picture
 from loading import ROOT
 from prompts import scratch_server
@@ -159,3 +165,35 @@ def test_a_plan_saved_by_one_comfyui_loads_in_another_with_other_packages(server
     texts = [line["text"] for line in lines]
     assert any(text.startswith("Forecast: ") for text in texts), texts
     assert any("torchao" in text and "left out" in text for text in texts), texts
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_after_a_crash_it_goes_on_and_nothing_is_measured_twice(after, tmp_path):
+    """The server is killed in the middle of a run, whatever is being written then."""
+    base = tmp_path / "comfyui"
+    parser = argparse.ArgumentParser()
+    tune_options.add_options(parser)
+    arguments = parser.parse_args(["--size", "64", "--steps", "6", "--floor", "0.3", "--seeds", "1", "--minutes", "1"])
+
+    def trials():
+        files = list((base / "user" / "slipstream" / "tune").glob("*.json"))
+        return json.loads(files[0].read_text())["trials"] if files else []
+
+    with scratch_server(ROOT, base) as first:
+        prompt = tune.build_prompt(first.nodes(), None, arguments)
+        first.queue(prompt)
+        deadline = time.monotonic() + 300
+        while len(trials()) < after:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first.kill()
+    kept = trials()
+    with scratch_server(ROOT, base) as second:
+        second.result(second.wait_for(second.queue(prompt)))
+    every = trials()
+    assert every[: len(kept)] == kept
+    assert len(every) > len(kept)
+    # The exact model's time is taken beside each plan's.
+    counted = Counter((trial["plan"], trial["picture"]) for trial in every if trial["plan"])
+    assert set(counted.values()) == {1}

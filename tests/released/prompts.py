@@ -83,6 +83,10 @@ def small(prompt: Prompt) -> Prompt:
         if node["class_type"] == "SlipstreamQuantize":
             values["min_features"] = 0
         node["inputs"].update(values)
+    if "SlipstreamFP16FixVAE" in kinds(prompt) and not is_template:
+        # Its VAE has its full width: a minute and more in bf16, on a processor without it.
+        latent = next(node for node in prompt.values() if node["class_type"] == "EmptyLatentImage")
+        latent["inputs"] |= {"width": 64, "height": 64}
     return prompt
 
 
@@ -107,11 +111,12 @@ def make_base(base: Path, pack: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_server(pack: Path, base: Path | None = None) -> Iterator[Server]:
-    """A server on the CPU, in a scratch folder, with a pack and the stand-ins."""
+    """A server on the CPU, in a scratch folder, with a pack and the stand-ins; in one that is there, again."""
     comfyui = find_comfyui()
     if comfyui is None:
         raise SystemExit("No ComfyUI was found. Set COMFYUI_PATH to its folder.")
     with contextlib.ExitStack() as stack:
         folder = base or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-")))
-        make_base(folder, pack)
+        if not (folder / "custom_nodes").exists():
+            make_base(folder, pack)
         yield stack.enter_context(Server(comfyui, folder, folder / "server.log", ["--cpu"]))
