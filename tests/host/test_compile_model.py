@@ -170,10 +170,14 @@ PATCHES = {
 }
 
 
+LIKE_ANOTHER = ("core FreeU", "LoRA's strength", "cross-attention replaced", "input block patched")
+"""Of a kind with one that stays in the ordinary suite."""
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
-        *((name, "blocks") for name in PATCHES),
+        *(long(name, "blocks") if name in LIKE_ANOTHER else (name, "blocks") for name in PATCHES),
         *(long(name, "model") for name in PATCHES),
     ],
 )

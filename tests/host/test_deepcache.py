@@ -78,7 +78,11 @@ def everything(patcher):
 
 @pytest.mark.parametrize(
     ("family", "surroundings"),
-    [*itertools.product(CONFIGS, ("plain", "both")), *itertools.product(["SD15"], ("control", "patches"))],
+    [
+        *itertools.product(CONFIGS, ["both"]),
+        *itertools.product(["SD15"], ("plain", "control", "patches")),
+        *(pytest.param(family, "plain", marks=pytest.mark.long) for family in CONFIGS if family != "SD15"),
+    ],
 )
 @torch.inference_mode()
 def test_partial_on_features_of_the_same_input_is_the_full_forward(family, surroundings):
@@ -261,7 +265,13 @@ def in_diffusers(patcher):
     return unet.eval()
 
 
-@pytest.mark.parametrize(("interval", "branch"), [(2, 0), (3, 0), (3, 1), (5, 2), (3, 4), (2, 7), (4, 10)])
+@pytest.mark.parametrize(
+    ("interval", "branch"),
+    [
+        *((2, 0), (3, 1), (4, 10)),
+        *(pytest.param(*both, marks=pytest.mark.long) for both in ((3, 0), (5, 2), (3, 4), (2, 7))),
+    ],
+)
 @torch.inference_mode()
 def test_a_whole_run_agrees_with_the_deepcache_package(interval, branch, model):
     from types import SimpleNamespace

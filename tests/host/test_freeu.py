@@ -18,8 +18,14 @@ def freeu(patcher, **values):
     return run_node("SlipstreamFreeU", patcher, "3", **values)
 
 
-@pytest.mark.parametrize("family", list(hosted.CONFIGS))
-@pytest.mark.parametrize(("version", "core"), [("v1", "FreeU"), ("v2", "FreeU_V2")])
+@pytest.mark.parametrize(
+    ("version", "core", "family"),
+    [
+        *(("v2", "FreeU_V2", family) for family in hosted.CONFIGS),
+        *(("v1", "FreeU", family) for family in ("SD15", "SDXL")),
+        *(pytest.param("v1", "FreeU", family, marks=pytest.mark.long) for family in ("SD20", "SSD1B", "SDXLRefiner")),
+    ],
+)
 def test_over_the_full_range_it_has_the_bits_of_core(family, version, core):
     patcher = hosted.model(family)
     ours = sample(freeu(patcher, preset="custom", version=version, **VALUES), steps=4)

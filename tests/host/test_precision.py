@@ -68,7 +68,16 @@ class Products(TorchDispatchMode):
 # Bits and bounds
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((name, "bf16") for name in FAMILIES), ("minimal", "fp16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(
+            pytest.param(name, "bf16", marks=[pytest.mark.long] * (name in ("SSD1B", "SDXLRefiner")))
+            for name in FAMILIES
+        ),
+        ("minimal", "fp16"),
+    ],
+)
 def test_it_has_the_bits_of_the_host_s_own_way(family, dtype, with_fp16):
     model = hosted.model(family)
     expected = sample(host_s_own(model, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), steps=2)
@@ -87,7 +96,10 @@ OF_A_DIT = 3
 """How many times as far off a diffusion transformer may be."""
 
 
-@pytest.mark.parametrize(("family", "steps"), [*((name, 1) for name in FAMILIES), ("SD15", 6), ("SDXL", 6)])
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [*((name, 1) for name in FAMILIES), ("SD15", 6), pytest.param("SDXL", 6, marks=pytest.mark.long)],
+)
 def test_the_error_against_fp32_is_bounded(family, steps, with_fp16):
     model = hosted.model(family)
     exact = sample(model, steps=steps)
