@@ -42,7 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_left_out = is_long != config.getoption("long") or (config.getoption("quick") and not is_quick(item))
         wanted += [] if is_left_out else [item]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
-    items[:] = wanted
+    items[:] = sorted(wanted, key=place)
+
+
+EARLY = ("test_engine.py", "test_tune.py", "test_works_with.py")
+"""Of the host's suite, the files that take longest: a worker that begins one of them last keeps all others waiting."""
+
+
+def place(item: pytest.Item) -> int:
+    """When a test's turn is: the browser's suite takes longest of all."""
+    return 0 if "e2e" in item.path.parts else 1 if item.path.name in EARLY else 2
 
 
 def long_marks(item: pytest.Item) -> list[str]:

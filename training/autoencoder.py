@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from comfy.taesd.taesd import TAESD, Block
+from mixed import mixed
 from progress import Progress
 from scenes import draw_on
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def _train_phase(model: TAESD, phase: Phase, steps: int, batches: Iterator[Tenso
     progress = Progress("autoencoder", steps)
     for step, pictures in enumerate(itertools.islice(batches, steps)):
         pictures = pictures.to(memory_format=torch.channels_last)
-        with torch.autocast(pictures.device.type, torch.bfloat16):
+        with mixed(pictures.device):
             latent = encoder(pictures)
             decoded = decoder(latent + phase.latent_noise * torch.randn_like(latent))
         latent = latent.float()

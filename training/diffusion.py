@@ -19,6 +19,7 @@ from averaging import follow
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.taesd.taesd import TAESD
+from mixed import mixed
 from progress import Progress
 from scenes import draw_on
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def encode(autoencoder: TAESD, count: int, device: torch.device, seed: int, batc
     progress = Progress("latents", -(-count // batch), lines=10)
     for first in range(seed, seed + count, batch):
         scenes, pictures = draw_on(device, range(first, min(first + batch, seed + count)))
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        with torch.inference_mode(), mixed(device):
             latents.append(autoencoder.taesd_encoder(pictures.to(memory_format=torch.channels_last)).half())
         choices.append(scenes.choices)
         progress((first - seed) // batch)
@@ -151,7 +152,7 @@ def train(
         noise = noise.to(device)
         noisy = alpha.sqrt() * clean.to(device) + (1 - alpha).sqrt() * noise
         said = vocabulary.batch([vocabulary.shortened(scenes[index], random) for index in picked.tolist()], device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed(device):
             predicted = model(noisy, timestep.to(device), said)
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         loss = (weight * error).mean()

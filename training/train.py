@@ -27,13 +27,16 @@ SEEDS = {"autoencoder": 0, "pictures": 1_000_000, "denoiser": 2, "transformer": 
 
 
 def load_host(comfyui: Path, is_cpu: bool) -> None:
-    """Put the host on the path; its layers are what is trained."""
-    sys.path.insert(0, str(comfyui))
+    """Load the host, whose layers are what is trained, and the pack."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import loading
+
+    loading.load_host(comfyui, is_cpu)
     from comfy.cli_args import args
 
-    args.cpu = is_cpu
     # Its default on a CPU saves memory that isn't short here.
     args.use_pytorch_cross_attention = True
+    loading.load_pack()
 
 
 def train(folder: Path, weights: Path, transformer: Path, judge: Path, device: Any, steps: Mapping[str, int]) -> None:

@@ -100,6 +100,7 @@ def train_on_(model: Any, batches: Iterator[Any], steps: int, rate: float) -> No
     """Train a model for as many steps, on batches of pictures in 0..1, with one rise and fall of the learning rate."""
     import torch
     from comfy.ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+    from mixed import mixed
     from progress import Progress
     from torch import nn
     from torch.nn import functional
@@ -109,7 +110,7 @@ def train_on_(model: Any, batches: Iterator[Any], steps: int, rate: float) -> No
     progress = Progress("KL autoencoder", steps)
     for step, pictures in enumerate(itertools.islice(batches, steps)):
         pixels = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with mixed(pixels.device):
             posterior = DiagonalGaussianDistribution(model.quant_conv(model.encoder(pixels)).float())
             decoded = model.decode(posterior.sample())
         error = (decoded.float() - pixels) / 2

@@ -20,6 +20,7 @@ import vocabulary
 from averaging import follow
 from comfy.ldm.aura.mmdit import MMDiT
 from comfy.model_sampling import time_snr_shift
+from mixed import mixed
 from progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
@@ -138,7 +139,7 @@ def train(
         noise = torch.randn(clean.shape, generator=generator).to(device)
         noisy = torch.lerp(clean, noise, time.view(-1, 1, 1, 1))
         said = vocabulary.batch([vocabulary.shortened(scenes[index], random) for index in picked.tolist()], device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed(device):
             predicted = model(noisy, time, words[said])
         loss = (predicted.float() - (noise - clean)).square().mean()
         for optimizer in optimizers:

@@ -45,10 +45,21 @@ def open_page(server, browser, request) -> Iterator:
         page.context.close()
 
 
+PAGES: dict[str, Page] = {}
+
+
 @pytest.fixture(scope="session")
 def pages(browser) -> dict[str, Page]:
     """The page of each renderer: ComfyUI's takes longer to load than most tests to run."""
-    return {}
+    return PAGES
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Close the pages behind the last test of the suite. One that waits takes its share of a processor too."""
+    if nextitem is None or "e2e" not in nextitem.path.parts:
+        while PAGES:
+            PAGES.popitem()[1].context.close()
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
