@@ -3,6 +3,7 @@ out is what the node reads. That the real one draws what it is told is seen by t
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import hosted
@@ -25,10 +26,16 @@ CPU = torch.device("cpu")
 STEPS = {"autoencoder": 7, "pictures": 4, "denoiser": 2, "transformer": 3, "finished": 2, "judge": 2}
 
 
+SHORT_MUON = functools.partial(torch.optim.Muon, ns_steps=1)
+"""One iteration in a step: they are in bfloat16, and take a processor without it seconds each."""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "Muon", SHORT_MUON)
+        run(folder)
     return folder
 
 
@@ -134,6 +141,7 @@ def test_the_rate_warms_up_stays_and_cools_down():
 
 
 def test_one_that_goes_on_is_trained_at_full_size_by_rates_that_only_fall(monkeypatch):
+    monkeypatch.setattr(torch.optim, "Muon", SHORT_MUON)
     sizes = []
     forward = transformer.Transformer.forward
 
