@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import json
 import shutil
 import tempfile
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui import Server
-from loading import ROOT, find_comfyui, packed_files
+from loading import PACK, ROOT, find_comfyui, load_all, packed_files
 
 FOLDER = Path(__file__).resolve().parent
 STANDINS = ROOT / "tests" / "e2e" / "standins"
@@ -65,11 +67,20 @@ def compiles(prompt: Prompt) -> bool:
 
 def promises_its_bits(prompt: Prompt) -> bool:
     """Whether a later version is to make the same picture. A recipe promises its goal, and may come to it by other
-    methods; and which convolution is fastest is measured anew in each process."""
-    measured = any(
-        node["class_type"] == "SlipstreamCPU" and node["inputs"]["winograd"] == "auto" for node in prompt.values()
-    )
-    return not measured and "SlipstreamRecipe" not in kinds(prompt)
+    methods; which convolution is fastest is measured anew in each process; and *int8 dynamic* is computed as *int8
+    weight-only* where the processor has no products of int8."""
+    of_kind = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    is_measured = of_kind.get("SlipstreamCPU", {}).get("winograd") == "auto"
+    is_dynamic = of_kind.get("SlipstreamQuantize", {}).get("scheme") == "int8 dynamic"
+    if is_measured or (is_dynamic and not has_int8_products()):
+        return False
+    return "SlipstreamRecipe" not in of_kind
+
+
+@functools.cache
+def has_int8_products() -> bool:
+    load_all()
+    return bool(importlib.import_module(f"{PACK}.nodes.methods.quantize").multiplies_in_int8("cpu"))
 
 
 def small(prompt: Prompt) -> Prompt:
