@@ -8,8 +8,8 @@
 For each sampler every plan of a ladder is tried on every picture, once. Then the search runs by itself for each floor,
 and measures anew. The plan that it finds is held against the best one of all by the same rule for the floor, both by
 the times of trying everything; and the floor against prompts and seeds that neither saw. Once more it runs without the
-machine: each run is answered with what trying everything saw of it, a plan's time being the one in the middle, which
-tells what the search misses from what the machine's times scatter. One thread, nothing else must be running. Each run
+machine, whose times scatter: each run is answered with the picture that trying everything made and with the time that
+the plan's work foretells, which tells what the search itself misses. One thread, nothing else must be running. Each run
 is written as it comes: the same command goes on from there.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -102,32 +103,47 @@ class Held:
         return Search(self.ladder.dials, pictures, fresh, self.log(name), measure, floor, steps)
 
 
-def replayed(whole: Any, make: Any) -> dict[str, Any]:
-    """What a search finds where every run is as trying everything saw it, and in how many runs.
+def by_work(whole: Any) -> Any:
+    """The log of trying everything, with the times that the plans' work foretells: the share of rows that go through
+    the network; and for what does not show in it (DeepCache, Attention Backend), its own time alone."""
+    from slipstream_pack.nodes.measuring.trials import Log
+
+    plans = whole.every()
+    alone = [one for one in plans if len(one.levels) == 1 and whole.log.share(one.key) == 1]
+    hidden = {one.levels[0]: whole.ratio(one) for one in alone}
+    seconds = {
+        one.key: whole.log.share(one.key) * math.prod(hidden.get(level, 1.0) for level in one.levels) for one in plans
+    }
+    return Log(replace(trial, seconds=seconds.get(trial.plan, 1.0)) for trial in whole.log.trials)
+
+
+def replayed(log: Any, make: Any) -> dict[str, Any]:
+    """What a search finds where every run is as it is in a log, and in how many runs; beside the best of all there.
 
     Args:
-        whole: the search that tried everything.
+        log: with everything tried.
         make: makes a search of a log and of what measures.
     """
+    from slipstream_pack.nodes.measuring.search import exhaustive
     from slipstream_pack.nodes.measuring.trials import EXACT, Interleaved, Log, Trial
 
-    log, clock = Log(), itertools.count()
+    whole = make(log, None)
+    own, clock = Log(), itertools.count()
 
     def run(task: Any) -> Trial:
         at = float(next(clock))
         if task.plan == EXACT:
             return Trial(EXACT, task.picture, "replayed", at, seconds=1.0, similarity=1.0)
-        similar = whole.log.similarities(task.plan)
+        similar = log.similarities(task.plan)
         # The checks are at pictures of their own, which were not tried there.
         like = similar.get(task.picture, min(similar.values(), default=0.0))
         return Trial(task.plan, task.picture, "replayed", at, seconds=whole.ratio(task.of), similarity=like)
 
-    best = make(log, Interleaved(run, log, lambda picture: log.has(EXACT, picture))).run().best
-    return {
-        "replayed": None if best is None else best.name,
-        "replayed_ratio": None if best is None else whole.ratio(best),
-        "replayed_runs": len(log.trials),
-    }
+    found = {"found": make(own, Interleaved(run, own, lambda picture: own.has(EXACT, picture))).run().best}
+    found["best"] = exhaustive(whole)
+    named = {key: None if one is None else one.name for key, one in found.items()}
+    ratios = {f"{key}_ratio": None if one is None else whole.ratio(one) for key, one in found.items()}
+    return {**named, **ratios, "runs": len(own.trials)}
 
 
 def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -174,8 +190,8 @@ def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namesp
         figures["floors"][str(floor)] = {
             "best": None if best is None else best.name,
             "best_ratio": None if best is None else whole.ratio(best),
-            **replayed(
-                whole,
+            "replayed": replayed(
+                by_work(whole),
                 lambda log, measure, floor=floor: Search(ladder.dials, seen, fresh, log, measure, floor, call.steps),
             ),
         }
@@ -235,15 +251,15 @@ def to_markdown(found: dict[str, dict[str, Any]], machine: str) -> str:
             cells = [name, floor, *told, loss_of(one, "found"), runs, f"{one['held']} of {one['unseen']}", *like]
             lines.append("| " + " | ".join(cells) + " |")
     lines += [
-        "", "The same search answered with what trying everything saw, so that no time scatters "
-        "(`python benchmarks/tune.py --replay`).", "",
+        "", "The same search without the machine: its runs answered with the pictures of trying everything, and the "
+        "times that the plans' work foretells, which don't scatter (`python benchmarks/tune.py --replay`).", "",
         "| model, sampler | floor | found | best of all | loss | runs |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, figures in found.items():
         for floor, one in figures["floors"].items():
-            if "replayed" in one:
-                runs = runs_of(one["replayed_runs"], figures["runs"])
-                cells = [name, floor, told_of(one, "replayed"), told_of(one, "best"), loss_of(one, "replayed"), runs]
+            if again := one.get("replayed"):
+                runs = runs_of(again["runs"], figures["runs"])
+                cells = [name, floor, told_of(again, "found"), told_of(again, "best"), loss_of(again, "found"), runs]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{machine}.", ""])
 

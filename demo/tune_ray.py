@@ -261,6 +261,7 @@ class Group:
             arguments.floor,
             arguments.steps,
             lambda: arguments.minutes * 60 - (time.monotonic() - self.began),
+            at_once=len(names),
         )
         self.status, self.reason, self.is_stopped = "running", "", False
 

@@ -27,13 +27,14 @@ from .trials import Log, Task
 GAIN = 0.99
 """A plan counts as faster where it takes no more than this of the other's time."""
 
-WIDTH = 4
-"""How many plans are tried at once on their first picture; half as many on each further one."""
+WIDTH = 2
+"""How many plans are tried at once on their first picture, for each run that can be made at once; half as many on each
+further one. Where one run is made at a time, more of them cost runs and find no better plan."""
 
 HOPE = 0.97
 """By how much the time of a combination that was not tried yet may be under what is foretold of it."""
 
-SLACK = 1.5
+SLACK = 2.0
 """By how much a foretold error may be over what is allowed, for the plan to be tried all the same."""
 
 CHECKS = 3
@@ -171,6 +172,7 @@ class Search:
         steps: of the sampler, which the rival has fewer of.
         left_s: seconds that are left; the search ends in time to check what it found.
         may_run: whether anything may run; else the search says what its log has to say.
+        at_once: how many runs can be made at once.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class Search:
         steps: int = 0,
         left_s: Callable[[], float] = lambda: math.inf,
         may_run: bool = True,
+        at_once: int = 1,
     ):
         self.dials = list(dials)
         self.pictures = list(pictures)
@@ -194,6 +197,7 @@ class Search:
         self._most = 1 - floor
         self._steps = steps
         self.may_run = may_run
+        self._at_once = at_once
         self._left_s = left_s
         self._is_over = False
         self._base = Candidate()
@@ -295,7 +299,8 @@ class Search:
                 return
             pool.sort(key=self._hoped)
             seen = len(self._seen(pool[0]))
-            some = [one for one in pool if len(self._seen(one)) == seen][: max(1, WIDTH >> seen)]
+            alike = [one for one in pool if len(self._seen(one)) == seen]
+            some = alike[: self._at_once * max(1, WIDTH >> seen)]
             self._ask([(one, self._next_picture(one)) for one in some])
 
     def _ask(self, asked: Sequence[tuple[Candidate, str]], is_reserved: bool = False, is_closed: bool = False) -> None:
