@@ -21,6 +21,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,6 @@ class Held:
             return log.has(EXACT, picture) and self.runs.reference(picture) is not None
 
         return Interleaved(lambda task: self.runs.run(task)[0], log, has)
-
-    def search(self, name: str, floor: float, pictures: list[str], fresh: Any, steps: int) -> Any:
-        """A search with a log."""
-        from slipstream_pack.nodes.measuring.search import Search
-
-        measure = self.measure(name)
-        return Search(self.ladder.dials, pictures, fresh, self.log(name), measure, floor, steps)
 
 
 def by_work(whole: Any) -> Any:
@@ -179,10 +173,13 @@ def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namesp
     def fresh(number: int) -> list[str]:
         return tune.fresh_pictures(keys[:PROMPTS], call.seed, number)
 
+    def searching(floor: float, log: Any, measure: Any) -> Search:
+        return Search(ladder.dials, seen, fresh, log, measure, floor, call.steps)
+
     figures: dict[str, Any] = {"title": hosted.engine("benchmark").title_of(demo.model, call), "floors": {}}
     chosen = {}
     for floor in FLOORS:
-        whole = one.search("all", floor, seen, fresh, call.steps)
+        whole = searching(floor, one.log("all"), one.measure("all"))
         plans = whole.every()
         assert len(plans) <= MOST, len(plans)
         best = exhaustive(whole)
@@ -190,21 +187,18 @@ def held(file: Path, architecture: str, sampler: str, arguments: argparse.Namesp
         figures["floors"][str(floor)] = {
             "best": None if best is None else best.name,
             "best_ratio": None if best is None else whole.ratio(best),
-            "replayed": replayed(
-                by_work(whole),
-                lambda log, measure, floor=floor: Search(ladder.dials, seen, fresh, log, measure, floor, call.steps),
-            ),
+            "replayed": replayed(by_work(whole), partial(searching, floor)),
         }
         if arguments.replay:
             continue
-        search = one.search(f"floor {floor}", floor, seen, fresh, call.steps)
-        found = search.run()
+        name = f"floor {floor}"
+        found = searching(floor, one.log(name), one.measure(name)).run()
         chosen[floor] = found.best
         figures["floors"][str(floor)] |= {
             "found": None if found.best is None else found.best.name,
             "found_ratio": None if found.best is None else whole.ratio(found.best),
             "failed": [check.plan.name for check in found.checks if not check.holds],
-            "runs": len(one.log(f"floor {floor}").trials),
+            "runs": len(one.log(name).trials),
         }
 
     one.data["figures"] = figures

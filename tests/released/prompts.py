@@ -69,12 +69,13 @@ def promises_its_bits(prompt: Prompt) -> bool:
     """Whether a later version is to make the same picture. A recipe promises its goal, and may come to it by other
     methods; which convolution is fastest is measured anew in each process; and *int8 dynamic* is computed as *int8
     weight-only* where the processor has no products of int8."""
-    of_kind = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    is_measured = of_kind.get("SlipstreamCPU", {}).get("winograd") == "auto"
-    is_dynamic = of_kind.get("SlipstreamQuantize", {}).get("scheme") == "int8 dynamic"
-    if is_measured or (is_dynamic and not has_int8_products()):
+
+    def has(kind: str, name: str, value: str) -> bool:
+        return any(node["class_type"] == kind and node["inputs"].get(name) == value for node in prompt.values())
+
+    if has("SlipstreamQuantize", "scheme", "int8 dynamic") and not has_int8_products():
         return False
-    return "SlipstreamRecipe" not in of_kind
+    return not has("SlipstreamCPU", "winograd", "auto") and "SlipstreamRecipe" not in kinds(prompt)
 
 
 @functools.cache

@@ -521,7 +521,7 @@ def spread(log, machines, lost=lambda error: None):
         machine.references = references
     devices = [Interleaved(machine.run, log, references.__contains__) for machine in machines]
     measure = Spread(devices, lost)
-    return Search(DIALS, PICTURES, fresh, log, measure, FLOOR, 20), measure
+    return Search(DIALS, PICTURES, fresh, log, measure, FLOOR, 20, at_once=len(machines)), measure
 
 
 class OneOfSeveral(Machine):
