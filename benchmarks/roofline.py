@@ -7,9 +7,10 @@ memory much larger than any cache is read and written. Operations: those of torc
 both guided conditions, ComfyUI's own and under SlipstreamCPU, each timed as it runs. The limit of an operation is the
 longer of two times: its multiplications at the peak of the dtype it computes in, and its inputs and outputs once
 through memory. What no peak limits so, such as an input that is still in a cache, can be below its limit; Winograd's
-convolutions can, as their multiplications are counted as the direct way needs them. Last, what int8 (VNNI) would give:
-each shape of linear layers and 3x3 convolutions in bfloat16 and in int8, with what quantizing the input takes, and the
-error of both for normally distributed values. Nothing else must be running.
+convolutions can, as their multiplications are counted as the direct way needs them. Last, what int8 would give, where
+its products are faster than float32's (VNNI): each shape of linear layers and 3x3 convolutions in bfloat16 and in int8,
+with what quantizing the input takes, and the error of both for normally distributed values. Nothing else must be
+running.
 """
 
 from __future__ import annotations
@@ -91,6 +92,11 @@ def peaks(side: int, size: int) -> dict[str, float]:
         # What is written is read first, unless it is streamed: counted as what the program asks for.
         found["memory"] = max(2 * size / best(lambda: other.copy_(one)), size / best(one.sum))
     return found
+
+
+def fastest_float(peak: dict[str, float]) -> str:
+    """The dtype that SlipstreamCPU's products may all be computed in."""
+    return max(("float32", "bfloat16"), key=lambda name: peak[name])
 
 
 def int8_product(rows: int, features: int, outputs: int) -> Callable[[], object]:
@@ -323,7 +329,7 @@ def unet_call(family: str, size: int, peak: dict[str, float], variants: list[str
 
         for is_watched[0] in (False, False, True):
             step()
-        rows = limits(seen["found"], peak, "bfloat16" if name != VARIANTS[0] else None)
+        rows = limits(seen["found"], peak, fastest_float(peak) if name != VARIANTS[0] else None)
         figures[name] = {"seconds": seen["seconds"], "rows": rows}
         print(f"{family} {size}, {name}: {seen['seconds']:.2f} s", flush=True)
         for row in rows:
@@ -335,7 +341,7 @@ def unet_call(family: str, size: int, peak: dict[str, float], variants: list[str
             products[(math.prod(x[:-1]), x[-1]), weight] += number
         elif not is_linear and weight[-1] == 3 and min(weight[:2]) > 4:
             products[x, weight] += number
-    return {"variants": figures, "products": in_eight_bits(products)}
+    return {"variants": figures, "products": in_eight_bits(products) if peak["int8"] > peak["float32"] else []}
 
 
 # The page
@@ -367,8 +373,8 @@ def page(report: dict[str, Any]) -> str:
         "![Chart](chart.svg)\n",
         "Each kind of torch's operations in one call of a UNet with both guided conditions, random weights, float32, "
         "timed as it runs, once. The least time is what the peaks allow: products at the dtype's peak (with "
-        "SlipstreamCPU at bfloat16's, whatever they are computed in), inputs and outputs once through memory. "
-        "Convolutions count as the direct way computes them, which Winograd's don't have to.\n",
+        f"SlipstreamCPU at {fastest_float(peak)}'s, whatever they are computed in), inputs and outputs once through "
+        "memory. Convolutions count as the direct way computes them, which Winograd's don't have to.\n",
     ]
     for layout, figures in report["figures"].items():
         for name, one in figures["variants"].items():
@@ -383,7 +389,9 @@ def page(report: dict[str, Any]) -> str:
                 *(row_of(row, one["seconds"]) for row in one["rows"] if row["seconds"] > 0.001 * one["seconds"]),
                 "",
             ]
-        lines += eight_bits(layout, figures["products"])
+        lines += eight_bits(layout, figures["products"]) if figures["products"] else []
+    if peak["int8"] <= peak["float32"]:
+        lines.append("Products in int8 are no faster than in float32 here, so nothing of the above was tried in it.\n")
     lines.append("`python benchmarks/roofline.py`, in the environment that `./slipstream env` names, repeats it.\n")
     return "\n".join(lines)
 

@@ -190,6 +190,9 @@ class Run:
         return lambda sigma: low <= sigma <= high
 
 
+NO_BF16 = "this processor has no bf16 arithmetic"
+
+
 def has_bf16() -> bool:
     """Whether this processor computes in bf16, and not by way of fp32: x86 with AVX512-BF16 or AMX."""
     # Not in every torch that the host supports, and no part of its documented interface.
@@ -644,6 +647,15 @@ class Configuration:
     def check(self, model: Model) -> None:
         """Raise if this model cannot be served: ValueError for a setting, RuntimeError for the model."""
         raise NotImplementedError
+
+    def in_vain(self, device: str) -> str | None:
+        """Why these settings give nothing on this machine that others don't, or None if they do: a search leaves them
+        out.
+
+        Args:
+            device: the torch device type that the model runs on.
+        """
+        return None
 
     def begin(self, run: Run) -> MethodRun:
         """The object that takes part in one run."""

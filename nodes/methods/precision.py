@@ -22,7 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import Configuration, Made, MethodRun, Model, ModelCall, Run, State, check_choice, check_unet, has_bf16
+from .method import (
+    NO_BF16,
+    Configuration,
+    Made,
+    MethodRun,
+    Model,
+    ModelCall,
+    Run,
+    State,
+    check_choice,
+    check_unet,
+    has_bf16,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SWITCH = ("auto", "on", "off")
@@ -72,6 +84,10 @@ class Precision(Configuration):
                 f"{self.title}: this processor has no fp16 arithmetic, and PyTorch's stand-in for it takes about a "
                 "hundred times as long. Set compute_dtype to bf16, fp32 or auto."
             )
+
+    def in_vain(self, device: str) -> str | None:
+        is_auto = (self.compute_dtype, self.channels_last, self.tf32) == ("auto", "auto", "auto")
+        return f"auto changes nothing: {NO_BF16}" if is_auto and device == "cpu" and not has_bf16() else None
 
     def begin(self, run: Run) -> PrecisionRun:
         return PrecisionRun(self)
@@ -227,9 +243,9 @@ class PrecisionRun(MethodRun):
             notes.append(f"{parts} into the model computed in {_name(before)}")
         if self.device == "cpu" and not has_bf16():
             if dtype == torch.bfloat16:
-                notes.append("this processor has no bf16 arithmetic, so fp32 may be faster")
+                notes.append(f"{NO_BF16}, so fp32 may be faster")
             elif dtype == torch.float32 and self.config.compute_dtype == "auto":
-                notes.append("this processor has no bf16 arithmetic, which is what auto takes where it is faster")
+                notes.append(f"{NO_BF16}, which is what auto takes where it is faster")
         if self.config.tf32 != "auto" and not self.as_tf32:
             where = "is for NVIDIA GPUs" if self.device != "cuda" else f"is for fp32, not {_name(dtype)}"
             notes.append(f"tf32 {where}: not used")

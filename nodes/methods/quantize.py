@@ -104,6 +104,9 @@ def _lacking_fp8(device: str) -> str | None:
     return f"{needs}, but the model runs on {device}. Choose int8 dynamic."
 
 
+NO_VNNI = "this processor has no VNNI, without which products of int8 take many times as long"
+
+
 def multiplies_in_int8(device: str) -> bool:
     """Whether a device type has what products of int8 need. On an x86 processor without AVX512-VNNI torch 2.11 adds
     them up one by one, in some thirty times as long as in float32 (measured), compiled or not."""
@@ -154,6 +157,9 @@ class Quantize(Configuration):
         reason = lacking(self.scheme, model.device)
         if reason is not None:
             raise RuntimeError(f"{self.title}: {reason}")
+
+    def in_vain(self, device: str) -> str | None:
+        return None if self.computed_as(device) == self.scheme else f"{self.scheme} is no faster: {NO_VNNI}"
 
     def begin(self, run: Run) -> QuantizeRun:
         kind = SparseRun if self.scheme == SPARSE else QuantizeRun
@@ -284,8 +290,7 @@ class QuantizeRun(MethodRun):
         """What the scheme needs to be faster than without."""
         served = self.config.computed_as(self.device)
         if served != self.config.scheme:
-            why = "this processor has no VNNI, without which products of int8 take many times as long"
-            return [f"computed as {served}, so no faster: {why}"]
+            return [f"computed as {served}, so no faster: {NO_VNNI}"]
         if self.config.is_dynamic:
             if self.is_compiled:
                 return []

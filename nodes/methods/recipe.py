@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .method import Configuration, Model
+from .method import NO_BF16, Configuration, Model
 
 BEST, BALANCED, FASTEST = "best quality", "balanced", "fastest"
 LIMITS = {"under 8 GB": 8192, "under 6 GB": 6144, "under 4 GB": 4096}
@@ -82,7 +82,7 @@ Holds = Callable[[Given, str], bool]
 NEEDS: dict[str, tuple[Holds, str]] = {
     "GPU": (lambda given, _: given.is_gpu, "it pays on a GPU only"),
     "processor": (lambda given, _: not given.is_gpu, "for processors, and this model runs on {device}"),
-    "bf16": (lambda given, _: given.has_bf16, "this processor has no bf16 arithmetic"),
+    "bf16": (lambda given, _: given.has_bf16, NO_BF16),
     "no bf16": (lambda given, _: not given.has_bf16, "{device} has bf16"),
     "UNet": (lambda given, _: given.model.is_unet, "{model} is none of Stable Diffusion's UNets"),
     "other": (lambda given, _: not given.model.is_unet, "{model} is one of Stable Diffusion's UNets"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .method import Configuration, Model, has_bf16
+from .method import Configuration, Model
 
 EXACT_ONLY, APPROXIMATE, EVERYTHING = "exact only", "exact and approximate", "everything"
 MAY_USE = (APPROXIMATE, EXACT_ONLY, EVERYTHING)
@@ -49,7 +49,7 @@ class Row:
         is_exact: whether the picture stays the same up to rounding.
         prepares: whether it compiles or quantizes first.
         excludes: stems that it can't go together with.
-        needs: whether it is tried at all; beside that, each level's own check must pass.
+        needs: whether it is tried at all; beside that, a level's own check must pass, and it must not be in vain here.
     """
 
     stem: str
@@ -63,7 +63,7 @@ class Row:
 ROWS = (
     Row("attention_backend", ({}, {"fuse_qkv": True}), is_exact=True),
     Row("compile_model", ({},), is_exact=True, prepares=True),
-    Row("precision", ({},), needs=lambda given: _on_processor(given) and has_bf16()),
+    Row("precision", ({},), needs=_on_processor),
     Row("winograd", ({}, {"bf16": True}), needs=_on_processor),
     Row("quantize", ({}, {"scheme": "fp8 dynamic"}), prepares=True),
     Row(
@@ -118,7 +118,10 @@ def ladder(
             except (ValueError, RuntimeError) as error:
                 left_out.append(str(error))
                 continue
-            if config.off() is None and config not in made:
+            why_not = config.in_vain(given.model.device)
+            if why_not is not None:
+                left_out.append(f"{config.title}: {why_not}")
+            elif config.off() is None and config not in made:
                 made.append(config)
         if made:
             dials.append(Dial(row, tuple(made)))

@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from ..compiling.tally import count
 from .method import (
+    NO_BF16,
     Configuration,
     Convolution,
     MethodRun,
@@ -412,6 +413,9 @@ class Winograd(Configuration):
                 f"{self.title}: it speeds up convolutions on a processor, but this model runs on {model.device}, whose "
                 "own ones are faster. Switch winograd off."
             )
+
+    def in_vain(self, device: str) -> str | None:
+        return f"bf16 changes nothing: {NO_BF16}" if self.bf16 and not has_bf16() else None
 
     def begin(self, run: Run) -> WinogradRun:
         # Who set a model to fp32 means its convolutions too.

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 from loading import PACK
-from slipstream_pack.nodes.methods import deepcache, quantize
+from slipstream_pack.nodes.methods import deepcache, precision, quantize, winograd
 from slipstream_pack.nodes.methods.method import Model
 from slipstream_pack.nodes.methods.tune import APPROXIMATE, EVERYTHING, EXACT_ONLY, MAY_USE, ROWS, Given, ladder
 
@@ -76,3 +76,20 @@ def test_what_is_for_processors_is_tried_on_them_alone():
     on_cpu = Model("SD15", "SD1", 320, 12, 25, device="cpu")
     assert "winograd" in stems(APPROXIMATE, on_cpu)
     assert "winograd" not in stems(APPROXIMATE, UNET)
+
+
+@pytest.mark.parametrize("is_able", [True, False])
+def test_what_a_processor_computes_as_something_else_is_not_tried_twice(is_able, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: is_able)
+    monkeypatch.setattr(winograd, "has_bf16", lambda: is_able)
+    monkeypatch.setattr(quantize, "multiplies_in_int8", lambda device: is_able)
+    dials, left_out = ladder(EVERYTHING, Given(Model("SD15", "SD1", 320, 12, 25, device="cpu"), 5.0), kind)
+    tried = {dial.row.stem: dial.configs for dial in dials}
+    assert len(tried["winograd"]) == 1 + is_able
+    assert ("precision" in tried) == is_able
+    assert any(config.scheme == "int8 dynamic" for config in tried["quantize"]) == is_able
+    no_bf16 = "changes nothing: this processor has no bf16 arithmetic"
+    expected = [f"Precision: auto {no_bf16}", f"Winograd: bf16 {no_bf16}", "Quantize Model: int8 dynamic is no faster"]
+    assert [any(text.startswith(start) for text in left_out) for start in expected] == [not is_able] * 3
+    # A GPU is not asked what the processor can.
+    assert ladder(EVERYTHING, Given(UNET, 5.0), kind)[1] == []
