@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from comfyui import Server
-from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, Response, sync_playwright
+from playwright.sync_api import BrowserContext, ConsoleMessage, FilePayload, Response, expect, sync_playwright
 from playwright.sync_api import Page as PlaywrightPage
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
@@ -36,8 +37,11 @@ Theme = Literal["dark", "light"]
 Status = Literal["success", "error", "interrupted", "refused"]
 NodeId = int | str
 
+T = TypeVar("T")
+
 PATIENCE_MS = 300_000
 """How long anything that should happen may take: a machine that does three other things beside is no fault."""
+expect.set_options(timeout=PATIENCE_MS)
 
 AGAIN_MS = 5000
 """How long what a click is for may take to come about, before it is clicked again; then twice that, and so on."""
@@ -410,9 +414,9 @@ class Page:
             at: where, in the window's pixels: an empty spot.
         """
         before = self.page.evaluate("() => app.canvas.graph.nodes.map((node) => node.id)")
-        has_search = "() => document.activeElement?.tagName === 'INPUT'"
+        has_search = partial(self.page.evaluate, "() => document.activeElement?.tagName === 'INPUT'")
         # A page that is busy takes the two clicks for one each.
-        self._until(lambda: self.page.mouse.dblclick(*at), has_search)
+        self.until(has_search, lambda: self.page.mouse.dblclick(*at))
         self.settle()
         self.page.keyboard.type(name)
         self.settle()
@@ -423,7 +427,8 @@ class Page:
         is_canvas = "(at) => !document.elementFromPoint(...at)?.closest('.p-dialog-mask')"
         self.page.wait_for_function(is_canvas, arg=list(at))
         # Newer hosts let the node follow the pointer until it is clicked.
-        self._until(lambda: self.page.mouse.click(*at), "(id) => !slipstreamTest.node(id).flags.ghost", node)
+        is_put = partial(self.page.evaluate, "(id) => !slipstreamTest.node(id).flags.ghost", node)
+        self.until(is_put, lambda: self.page.mouse.click(*at))
         self.settle()
         return node
 
@@ -437,22 +442,42 @@ class Page:
             self.page.mouse.move(*ends[1], steps=5)
             self.page.mouse.up()
 
-        self._until(drag, _IS_WIRED, [source, target, name])
+        self.until(partial(self.page.evaluate, _IS_WIRED, [source, target, name]), drag)
         self.settle()
 
-    def _until(self, act: Callable[[], object], accept: str, argument: object = None) -> None:
-        """Does something again, ever more patiently, until the page agrees that what it is for has come about."""
+    def until(self, has_come: Callable[[], object], act: Callable[[], object]) -> None:
+        """Does something again, ever more patiently, until what it is for has come about.
+
+        Raises:
+            TimeoutError: It never did.
+        """
         deadline = time.monotonic() + PATIENCE_MS / 1000
         patience = AGAIN_MS
         while True:
             act()
             try:
-                self.page.wait_for_function(accept, arg=argument, timeout=patience)
+                self.wait_for(has_come, bool, patience)
                 return
-            except PlaywrightTimeoutError:
+            except TimeoutError:
                 if time.monotonic() > deadline:
                     raise
             patience *= 2
+
+    def wait_for(self, read: Callable[[], T], accept: Callable[[T], object], patience: float = PATIENCE_MS) -> T:
+        """What is read, as soon as ``accept`` likes it.
+
+        Args:
+            patience: milliseconds.
+
+        Raises:
+            TimeoutError: It never did; the message holds what was read last.
+        """
+        deadline = time.monotonic() + patience / 1000
+        while not accept(found := read()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {patience / 1000:.0f} s: {found}")
+            self.page.wait_for_timeout(50)
+        return found
 
     def tab(self) -> str:
         """The name of the open workflow's tab."""
@@ -461,7 +486,8 @@ class Page:
     def open_tab(self, name: str) -> None:
         """Goes to an open workflow's tab."""
         # The row of tabs moves as it brings one into view.
-        self._until(self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click, _IS_DRAWN, name)
+        is_drawn = partial(self.page.evaluate, _IS_DRAWN, name)
+        self.until(is_drawn, self.page.locator(".workflow-tabs").get_by_text(name, exact=True).click)
         self.settle()
 
     def queue(self) -> str | Outcome:
@@ -513,12 +539,7 @@ class Page:
         Raises:
             TimeoutError: It never did; the message holds what was shown last.
         """
-        deadline = time.monotonic() + PATIENCE_MS / 1000
-        while not accept(lines := self._verdicts_now(node)):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"node {node} shows {lines}")
-            self.page.wait_for_timeout(50)
-        return lines
+        return self.wait_for(lambda: self._verdicts_now(node), accept)
 
     def set_widget(self, node: NodeId, widget: str, value: object) -> None:
         """Gives a node's widget a value."""

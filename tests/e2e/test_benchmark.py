@@ -41,16 +41,14 @@ def workflow() -> Workflow:
     return workflow
 
 
-def panel(page, workflow, charts=2):
+def panel(page, workflow, charts=2, images=2):
     """What the panel shows, once its charts are drawn and its images are there."""
     node_id = workflow.id(NODE)
     page.fit()
-    for _ in range(1000):
-        shown = page.page.evaluate(READ_PANEL, node_id)
-        if shown and len(shown["marks"]) >= charts and all(shown["marks"]) and shown["images"] >= 2:
-            break
-        page.page.wait_for_timeout(100)
-    return shown
+    return page.wait_for(
+        lambda: page.page.evaluate(READ_PANEL, node_id),
+        lambda shown: shown and len(shown["marks"]) >= charts and all(shown["marks"]) and shown["images"] >= images,
+    )
 
 
 def button(page, name):
@@ -154,8 +152,7 @@ def test_without_a_vae_there_are_no_images_and_no_empty_frame(page, workflow):
     workflow.set(NODE, ABLATION, "off")
     page.load(workflow.data)
     assert page.run().status == "success"
-    page.page.wait_for_timeout(1500)
-    shown = page.page.evaluate(READ_PANEL, workflow.id(NODE))
+    shown = panel(page, workflow, images=0)
     assert shown["variants"] == ["baseline", "candidate"]
     assert shown["images"] == 0
     assert len(shown["marks"]) == 2

@@ -125,14 +125,12 @@ def undo(page: Page) -> None:
     """Takes the last step back. The host loads the graph anew for that, which a busy page takes its time for, and may
     lose the key."""
     before = graph(page)
-    for patience_s in (5, 10, 20, 40):
+
+    def press() -> None:
         page.page.evaluate("() => { document.activeElement?.blur(); app.canvas.canvas.focus() }")
         page.page.keyboard.press("Control+z")
-        deadline = time.monotonic() + patience_s
-        while graph(page) == before and time.monotonic() < deadline:
-            page.settle()
-        if graph(page) != before:
-            break
+
+    page.until(lambda: graph(page) != before, press)
     page.settle()
 
 
@@ -405,11 +403,10 @@ def test_in_chinese(theme, open_page):
     page.page.locator(".comfy-menu-button-wrapper").click()
     remove = page.page.get_by_role("menuitem", name="从此工作流移除 Slipstream")
     # The menu opens what is below an entry some time after the pointer came, where it is not still opening itself.
-    for _ in range(20):
+
+    def point() -> None:
         page.page.mouse.move(0, 0)
         page.page.get_by_role("menuitem", name="Slipstream").first.hover()
-        page.page.wait_for_timeout(500)
-        if remove.is_visible():
-            break
-    expect(remove).to_be_visible()
+
+    page.until(remove.is_visible, point)
     assert not page.problems()

@@ -50,12 +50,10 @@ def workflow() -> Workflow:
 def panel(page, node_id):
     """What the panel shows, once its chart is drawn and its images are there."""
     page.fit()
-    for _ in range(1000):
-        shown = page.page.evaluate(READ_PANEL, node_id)
-        if shown and shown["marks"] and shown["images"] >= 2:
-            break
-        page.page.wait_for_timeout(100)
-    return shown
+    return page.wait_for(
+        lambda: page.page.evaluate(READ_PANEL, node_id),
+        lambda shown: shown and shown["marks"] and shown["images"] >= 2,
+    )
 
 
 @pytest.mark.long_in_vue
