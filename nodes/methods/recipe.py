@@ -120,11 +120,6 @@ def budget_mib(given: Given, goal: str, stems: tuple[str, ...]) -> int:
     return max(0, int(given.room_mib(goal) - (given.int8_mib if "quantize" in stems else 0)))
 
 
-def bf16(given: Given, goal: str, stems: tuple[str, ...]) -> bool:
-    """Whether convolutions may be in bf16."""
-    return given.has_bf16
-
-
 @dataclass(frozen=True)
 class Row:
     """A method for some goals.
@@ -177,7 +172,7 @@ ROWS = (
         "transformers compute in bf16", "rounding as on GPUs, half as much memory more for their weights"),
     Row(SPEED, "precision", {}, ("processor", "other", "bf16"),
         "computes in bf16", "rounding as on GPUs, half as much memory more for the weights"),
-    Row(SPEED, "winograd", {"bf16": bf16}, ("processor", "UNet"),
+    Row(SPEED, "winograd", {"bf16": True}, ("processor", "UNet"),
         "each convolution as is fastest here", "seconds of measuring once, up to half of the free memory, rounding"),
     Row((BALANCED,), "forecast", {}, (),
         "evaluations that can be foretold are skipped, 30 to 45 % of them", "approximate (SSIM 0.999)"),

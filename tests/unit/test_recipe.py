@@ -236,17 +236,6 @@ def test_a_goal_that_is_reached_already_changes_nothing(installed):
             },
         ),
         (
-            "balanced",
-            "Ryzen",
-            "SD15",
-            {
-                "attention_backend": {},
-                "winograd": {"bf16": False},
-                "forecast": {},
-                "cfg_cutoff": {"cutoff": 0.75},
-            },
-        ),
-        (
             "fastest",
             "Xeon",
             "Flux",
