@@ -7,10 +7,9 @@ memory much larger than any cache is read and written. Operations: those of torc
 both guided conditions, ComfyUI's own and under SlipstreamCPU, each timed as it runs. The limit of an operation is the
 longer of two times: its multiplications at the peak of the dtype it computes in, and its inputs and outputs once
 through memory. What no peak limits so, such as an input that is still in a cache, can be below its limit; Winograd's
-convolutions can, as their multiplications are counted as the direct way needs them. Last, what int8 would give, where
-its products are faster than float32's (VNNI): each shape of linear layers and 3x3 convolutions in bfloat16 and in int8,
-with what quantizing the input takes, and the error of both for normally distributed values. Nothing else must be
-running.
+convolutions can, as their multiplications are counted as the direct way needs them. Last, what int8 (VNNI) would give
+where there is bfloat16 arithmetic: each shape of linear layers and 3x3 convolutions in both, with what quantizing the
+input takes, and the error of both for normally distributed values. Nothing else must be running.
 """
 
 from __future__ import annotations
@@ -81,7 +80,9 @@ def peaks(side: int, size: int) -> dict[str, float]:
             x = torch.randn(side, side).to(dtype)
             name = str(dtype).removeprefix("torch.")
             runs = [lambda x=x, layer=layer: torch.nn.functional.linear(x, layer)]
-            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            # In bfloat16 oneDNN lays weights out only where the processor has instructions for it.
+            is_served = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            if is_served and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 laid_out = torch.ops.mkldnn._reorder_linear_weight(layer)
                 runs.append(
                     lambda x=x, weight=laid_out: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -341,7 +342,7 @@ def unet_call(family: str, size: int, peak: dict[str, float], variants: list[str
             products[(math.prod(x[:-1]), x[-1]), weight] += number
         elif not is_linear and weight[-1] == 3 and min(weight[:2]) > 4:
             products[x, weight] += number
-    return {"variants": figures, "products": in_eight_bits(products) if peak["int8"] > peak["float32"] else []}
+    return {"variants": figures, "products": in_eight_bits(products) if fastest_float(peak) == "bfloat16" else []}
 
 
 # The page
@@ -390,8 +391,8 @@ def page(report: dict[str, Any]) -> str:
                 "",
             ]
         lines += eight_bits(layout, figures["products"]) if figures["products"] else []
-    if peak["int8"] <= peak["float32"]:
-        lines.append("Products in int8 are no faster than in float32 here, so nothing of the above was tried in it.\n")
+    if fastest_float(peak) != "bfloat16":
+        lines.append("No shapes in int8 beside bfloat16: this processor has no arithmetic for that.\n")
     lines.append("`python benchmarks/roofline.py`, in the environment that `./slipstream env` names, repeats it.\n")
     return "\n".join(lines)
 
