@@ -71,6 +71,7 @@ def peaks(side: int, size: int) -> dict[str, float]:
         size: bytes of what is copied.
     """
     import torch
+    from slipstream_pack.nodes.methods.winograd import lays_out
 
     found: dict[str, float] = {}
     work = 2 * side**3
@@ -80,9 +81,7 @@ def peaks(side: int, size: int) -> dict[str, float]:
             x = torch.randn(side, side).to(dtype)
             name = str(dtype).removeprefix("torch.")
             runs = [lambda x=x, layer=layer: torch.nn.functional.linear(x, layer)]
-            # In bfloat16 oneDNN lays weights out only where the processor has instructions for it.
-            is_served = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            if is_served and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            if lays_out(dtype):
                 laid_out = torch.ops.mkldnn._reorder_linear_weight(layer)
                 runs.append(
                     lambda x=x, weight=laid_out: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -390,7 +389,8 @@ def page(report: dict[str, Any]) -> str:
                 *(row_of(row, one["seconds"]) for row in one["rows"] if row["seconds"] > 0.001 * one["seconds"]),
                 "",
             ]
-        lines += eight_bits(layout, figures["products"]) if figures["products"] else []
+        if figures["products"]:
+            lines += eight_bits(layout, figures["products"])
     if fastest_float(peak) != "bfloat16":
         lines.append("No shapes in int8 beside bfloat16: this processor has no arithmetic for that.\n")
     lines.append("`python benchmarks/roofline.py`, in the environment that `./slipstream env` names, repeats it.\n")

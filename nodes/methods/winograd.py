@@ -266,6 +266,11 @@ def has_onednn() -> bool:
     return is_built and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
+def lays_out(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays weights of a dtype out here: some processors refuse it for bfloat16."""
+    return has_onednn() and (dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def transform_filters(weight: Tensor, form: Form) -> Filters:
     """The filters of a weight (Cout, C, 3, 3), in the form's dtype; made in float64, so that they are rounded once."""
     return _laid_out(_transformed(weight, form))
@@ -273,8 +278,7 @@ def transform_filters(weight: Tensor, form: Form) -> Filters:
 
 def _laid_out(filters: Tensor) -> Filters:
     """(n*n, Cout, C), as the products take them."""
-    # On some processors it refuses to lay bfloat16 out.
-    if not has_onednn() or (filters.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not lays_out(filters.dtype):
         return Filters(filters.shape[1], filters)
     return Filters(filters.shape[1], tuple(map(torch.ops.mkldnn._reorder_linear_weight, filters)))
 

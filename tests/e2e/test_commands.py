@@ -409,4 +409,5 @@ def test_in_chinese(theme, open_page):
         page.page.get_by_role("menuitem", name="Slipstream").first.hover()
 
     page.until(remove.is_visible, point)
+    expect(remove).to_be_visible()
     assert not page.problems()
